@@ -1,0 +1,52 @@
+# Every target sets up what it needs: Python 3.11+, make and a package registry are enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(abspath $(VENV))/bin
+# faiss has one build for CUDA machines and one for the others.
+FAISS := $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
+PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock
+export PATH := $(BIN):$(PATH)
+
+.PHONY: help demo test test-all lint format lock bench-distill clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+demo: $(VENV)/.demo ## compress and distil multilingual-e5-small, 4-bit, on a local Ray cluster: artifacts/demo/
+	cluster/local.sh python jobs/distill.py
+
+test: $(VENV)/.dev ## the tests, with coverage
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+
+test-all: $(VENV)/.dev ## the tests, slow ones included
+	$(BIN)/python -m pytest --run-slow --cov --cov-report=term:skip-covered
+
+lint: $(VENV)/.dev ## formatting, lint, types and the floors
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev ## put the code in form
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench-distill: $(VENV)/.dev ## embedlib's training step against sentence-transformers' trainer
+	$(BIN)/python benchmarks/distill.py $(BENCH)
+
+lock: $(VENV)/.dev ## write the versions in use to requirements.lock
+	$(BIN)/pip freeze --exclude-editable --disable-pip-version-check | sed -E 's/^(torch==[^+]+)\+.*/\1/' > requirements.lock
+
+clean: ## remove the virtual environment and what jobs made
+	rm -rf $(VENV) artifacts
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(VENV)/bin/python requirements.lock pyproject.toml
+	$(PIP_INSTALL) --editable ".[$(FAISS),demo]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/bin/python requirements.lock pyproject.toml
+	$(PIP_INSTALL) --editable ".[$(FAISS),demo,dev]"
+	@touch $@

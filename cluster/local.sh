@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# A Ray cluster on this machine for one job: start it with token authentication, submit, stop it again.
+#
+#   cluster/local.sh python jobs/distill.py [RUN.yaml] [--section.key value …]
+#
+# It listens on 127.0.0.1 alone and leaves other Ray clusters on the machine as they are.
+set -euo pipefail
+[ $# -gt 0 ] || { sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 2; }
+cd "$(dirname "$0")/.."
+
+export EMBEDLIB_ARTIFACTS="${EMBEDLIB_ARTIFACTS:-$PWD/artifacts}"
+export PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0 RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0
+# Explicitly: `ray start` and `ray job submit` must agree, whatever token files there are.
+export RAY_AUTH_MODE=token
+[ -n "${RAY_AUTH_TOKEN:-}" ] || ray get-auth-token --generate >/dev/null
+
+free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
+port=$(free_port)
+dashboard=$(free_port)
+# Ray Data cannot resume where Ray counts two CPUs or fewer (Ray 2.60), so it is told of at least four.
+cores=$(python -c 'import os; print(max(4, os.cpu_count() or 1))')
+log=$(mktemp -t embedlib-ray.XXXXXX)
+
+setsid ray start --head --block --num-cpus "$cores" --node-ip-address 127.0.0.1 --port "$port" \
+  --dashboard-host 127.0.0.1 --dashboard-port "$dashboard" >"$log" 2>&1 &
+head=$!
+stop() {
+  kill -TERM "$head" 2>/dev/null || true
+  wait "$head" 2>/dev/null || true
+  kill -KILL -- "-$head" 2>/dev/null || true
+  rm -f "$log"
+}
+trap stop EXIT
+
+export RAY_ADDRESS="http://127.0.0.1:$dashboard"
+for _ in $(seq 120); do
+  ray job list >/dev/null 2>&1 && break
+  kill -0 "$head" 2>/dev/null || { cat "$log" >&2; exit 1; }
+  sleep 0.5
+done
+ray job submit --working-dir . --log-style=record --log-color=false -- "$@" 2>&1 \
+  | grep --line-buffered -v -E 'INFO (cli|sdk|dashboard_sdk|packaging)\.py|^ *$|^(Tailing|Next steps|  +ray job|  +Query|  +Request)' 

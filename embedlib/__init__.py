@@ -1,0 +1,1 @@
+"""The science: arrays, models and files in, arrays, models and files out. No Ray, no HTTP, no argv."""

@@ -1,0 +1,37 @@
+"""Group token sequences of unequal length so that little of a batch is padding."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+TokenIds = npt.NDArray[np.int32]
+
+
+def token_budget_batches(lengths: npt.NDArray[np.int64], budget: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Yield index arrays, longest sequences first, each with (rows × longest) ≤ `budget` padded tokens.
+
+    A sequence longer than the budget forms a batch of its own. Every index appears exactly once.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        longest = max(int(lengths[order[start]]), 1)
+        rows = max(1, budget // longest)
+        yield order[start : start + rows]
+        start += rows
+
+
+def pad(sequences: Sequence[TokenIds], pad_id: int, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask`, both (batch, longest) int64, padded on the right."""
+    longest = max(len(sequence) for sequence in sequences)
+    input_ids = np.full((len(sequences), longest), pad_id, dtype=np.int64)
+    mask = np.zeros((len(sequences), longest), dtype=np.int64)
+    for row, sequence in enumerate(sequences):
+        input_ids[row, : len(sequence)] = sequence
+        mask[row, : len(sequence)] = 1
+    return {
+        "input_ids": torch.from_numpy(input_ids).to(device, non_blocking=True),
+        "attention_mask": torch.from_numpy(mask).to(device, non_blocking=True),
+    }

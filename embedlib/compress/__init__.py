@@ -1,0 +1,1 @@
+"""Make an encoder small: choose its layers, its vocabulary, and a tokenizer that never emits `<unk>`."""

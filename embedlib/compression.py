@@ -1,0 +1,189 @@
+"""Make the student: fewer layers, a smaller vocabulary with byte fallback, everything else the teacher's."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple, get_args
+
+import numpy as np
+import torch
+from pydantic import Field
+from tokenizers import Tokenizer
+from transformers import PreTrainedModel
+
+from embedlib.compress.layers import (
+    LayerChoice,
+    LayerConfig,
+    Layers,
+    LayerScore,
+    body_layers,
+    choose_layers,
+    keep_layers,
+    only_layers,
+)
+from embedlib.compress.tokenizer import fallback_texts, prune_tokenizer, read_pieces
+from embedlib.compress.vocab import ByteMethod, KeptVocabulary, VocabularyConfig, byte_rows, choose_pieces, remap_rows
+from embedlib.config import Config
+from embedlib.encoder import Encoder, body_of, with_prompts
+from embedlib.metrics import mean_cosine, similarity_spearman
+from embedlib.model_directory import copy_head, write_body, write_tokenizer
+
+BYTE_PROBE_TEXTS = 200
+
+
+class CompressionConfig(Config):
+    """What the student keeps of the teacher."""
+
+    layers: LayerConfig = LayerConfig()
+    """Which layers stay."""
+    vocabulary: VocabularyConfig = VocabularyConfig()
+    """Which pieces stay."""
+    max_texts_per_language: int = Field(default=100_000, ge=1)
+    """Texts counted for the vocabulary, of each language, chosen by the seed."""
+    prompts: list[str] = Field(default=["query", "passage"], min_length=1)
+    """Prompts put before the texts in turn, where the teacher has them, while counting and probing."""
+    seed: int = 0
+    """Decides which texts are counted and probed."""
+
+
+class Compressed(NamedTuple):
+    """An untrained student and what its making measured."""
+
+    body: PreTrainedModel
+    tokenizer: Tokenizer
+    layers: LayerChoice
+    vocabulary: KeptVocabulary
+    byte_scores: dict[str, float]
+    """Mean cosine to the teacher on texts spelt with bytes, by way of making the byte rows."""
+
+    @property
+    def measurements(self) -> dict[str, Any]:
+        """What belongs in the manifest and the report."""
+        return {
+            "layers": list(self.layers.best),
+            "layer_scores": {str(list(layers)): score._asdict() for layers, score in self.layers.scores.items()},
+            "vocabulary_size": self.vocabulary.size,
+            "vocabulary_mandatory": self.vocabulary.num_mandatory,
+            "vocabulary_growth": self.vocabulary.growth,
+            "vocabulary_coverage": self.vocabulary.coverage,
+            "byte_rows": self.byte_scores,
+            "params": sum(parameter.numel() for parameter in self.body.parameters()),
+        }
+
+
+def known_prompts(teacher: Encoder, names: Sequence[str]) -> list[str]:
+    """The prefixes called `names`, for those the teacher has; one empty prefix where it has none."""
+    return [teacher.prompt(name) for name in names if name in teacher.model.prompts] or [""]
+
+
+def compress(
+    teacher: Encoder,
+    texts_by_language: Mapping[str, Sequence[str]],
+    config: CompressionConfig,
+    rank_distilled: Callable[[list[PreTrainedModel], Tokenizer], int] | None = None,
+) -> Compressed:
+    """Choose layers and pieces for `texts_by_language` (without prompts) and cut the teacher down to them.
+
+    `rank_distilled` returns the index of the best of several students after a short distillation of each.
+    """
+    sampled = _sample(texts_by_language, config, known_prompts(teacher, config.prompts))
+    pool = [text for texts in sampled.values() for text in texts]
+    probe = Random(config.seed).sample(pool, min(config.layers.probe_texts, len(pool)))
+    full_body = body_of(teacher.model)
+    choice = choose_layers(len(body_layers(full_body)), config.layers, layer_scorer(teacher, probe))
+
+    vocabulary = choose_pieces(teacher.tokenizer, sampled, config.vocabulary)
+    tokenizer = prune_tokenizer(teacher.tokenizer, vocabulary.ids)
+    rows, byte_scores = choose_rows(teacher, tokenizer, vocabulary, pool)
+    students = []
+    for layers in list(choice.scores)[: max(1, config.layers.distil_candidates)]:
+        students.append(keep_layers(full_body, layers).float())
+        replace_rows(students[-1], rows)
+    best = rank_distilled(students, tokenizer) if rank_distilled and len(students) > 1 else 0
+    scores = list(choice.scores.items())
+    choice = LayerChoice(dict([scores.pop(best), *scores]))
+    return Compressed(students[best], tokenizer, choice, vocabulary, byte_scores)
+
+
+def _sample(
+    texts_by_language: Mapping[str, Sequence[str]], config: CompressionConfig, prompts: Sequence[str]
+) -> dict[str, list[str]]:
+    random = Random(config.seed)
+    limit = config.max_texts_per_language
+    return {
+        language: with_prompts(texts if len(texts) <= limit else random.sample(texts, limit), prompts)
+        for language, texts in sorted(texts_by_language.items())
+    }
+
+
+def layer_scorer(teacher: Encoder, texts: Sequence[str]) -> Callable[[Layers], LayerScore]:
+    """A function from a choice of layers to its agreement with the whole teacher on `texts` (prompts included)."""
+    tokens = teacher.tokenise(texts)
+    body = body_of(teacher.model)
+    whole = teacher.encode_tokens(tokens)
+
+    def score(layers: Layers) -> LayerScore:
+        with only_layers(body, layers):
+            vectors = teacher.encode_tokens(tokens)
+        return LayerScore(mean_cosine(vectors, whole), similarity_spearman(vectors, whole))
+
+    return cache(score)
+
+
+def replace_rows(body: PreTrainedModel, rows: torch.Tensor) -> None:
+    """Give `body` the word embedding `rows` (vocabulary, hidden)."""
+    padding = body.get_input_embeddings().padding_idx
+    body.set_input_embeddings(torch.nn.Embedding.from_pretrained(rows.clone(), freeze=False, padding_idx=padding))
+    body.config.vocab_size = len(rows)
+
+
+def choose_rows(
+    teacher: Encoder, tokenizer: Tokenizer, vocabulary: KeptVocabulary, pool: Sequence[str]
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """The student's word embedding (vocabulary, hidden) float32, its byte rows made in the way that measures best.
+
+    The measure is the cosine, with the teacher's own layers, between a text's vector and that of its spelling with
+    bytes, over texts whose characters lost their piece.
+    """
+    body = body_of(teacher.model)
+    embeddings = body.get_input_embeddings()
+    assert isinstance(embeddings, torch.nn.Embedding)  # noqa: S101 (narrows the type)
+    old_rows = embeddings.weight.detach().float()
+    kept = remap_rows(old_rows, vocabulary.ids)
+    if not vocabulary.num_bytes:
+        return kept, {}
+    probe = byte_probe(teacher.tokenizer, tokenizer, pool)
+    known = teacher.encode_tokens(teacher.tokenise(probe))
+    spelt = [np.array(encoding.ids, dtype=np.int32) for encoding in tokenizer.encode_batch_fast(probe)]
+    candidates = {
+        method: torch.cat([kept, byte_rows(method, old_rows, teacher.tokenizer, vocabulary.ids)])
+        for method in get_args(ByteMethod)
+    }
+    scores = {}
+    try:
+        for method, rows in candidates.items():
+            body.set_input_embeddings(torch.nn.Embedding.from_pretrained(rows.to(embeddings.weight.dtype)))
+            scores[method] = mean_cosine(teacher.encode_tokens(spelt), known)
+    finally:
+        body.set_input_embeddings(embeddings)
+    best = max(scores, key=scores.__getitem__)
+    return candidates[best], scores
+
+
+def byte_probe(old: Tokenizer, new: Tokenizer, pool: Sequence[str]) -> list[str]:
+    """Texts that `new` spells with bytes: real ones of `pool` first, then ones with a lost character put into them."""
+    probe = [pool[index] for index in fallback_texts(old, new, pool)][:BYTE_PROBE_TEXTS]
+    lost = [text for text in read_pieces(old).texts if len(text) == 1 and new.token_to_id(text) is None]
+    missing = min(BYTE_PROBE_TEXTS - len(probe), len(pool)) if lost else 0
+    random = Random(0)
+    return probe + [f"{text} {random.choice(lost)}" for text in random.sample(pool, missing)] or list(pool[:1])
+
+
+def write_student(
+    directory: Path, body: PreTrainedModel, tokenizer: Tokenizer, teacher_directory: Path, max_seq_length: int
+) -> None:
+    """Write a plain sentence-transformers directory with the teacher's pooling and prompts."""
+    write_body(directory, body)
+    write_tokenizer(directory, tokenizer, max_seq_length)
+    copy_head(teacher_directory, directory)

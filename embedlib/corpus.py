@@ -1,0 +1,259 @@
+"""A user's corpus as CORPUS Parquet files: read in a stream, checked at the door, split without leaks.
+
+Rows that cannot be used go to `quarantine.parquet` with their reason; nothing is dropped in silence. A text's split is
+decided by the hash of its group or of itself, so that equal texts, and texts that translate each other, stay together.
+"""
+
+import glob
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+from unicodedata import normalize
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from embedlib.config import Config
+from embedlib.errors import DataError
+from embedlib.schemas import CORPUS, QUARANTINE
+
+READ_ROWS = 8192
+EXCERPT_CHARACTERS = 200
+SPLITS = ("train", "validation", "held_out")
+UNKNOWN_LANGUAGE = "und"
+
+
+class CorpusConfig(Config):
+    """Where the texts come from and how they are split."""
+
+    path: str | None = None
+    """Parquet or JSON Lines (file, directory or glob) with `text`, optional `lang` and `group`; none: the demo's."""
+    languages: list[str] = Field(default_factory=list)
+    """Languages that must have text; none of the others is used. Empty: all there are."""
+    validation_share: float = Field(default=0.005, gt=0, lt=0.5)
+    """Share of the texts that training is validated on."""
+    held_out_share: float = Field(default=0.01, gt=0, lt=0.5)
+    """Share of the texts that the report is measured on."""
+    max_characters: int = Field(default=20_000, ge=1)
+    """Longer texts are quarantined."""
+
+
+class Row(NamedTuple):
+    """One row as found: a text, or the reason why it is none."""
+
+    position: int
+    text: str
+    lang: str
+    group: int
+    reason: str = ""
+
+
+def corpus_files(path: str) -> list[Path]:
+    """The files that `path` names; DataError where there is none or the ending is unknown."""
+    base = Path(path).expanduser()
+    found = sorted(base.rglob("*")) if base.is_dir() else [Path(name) for name in sorted(glob.glob(str(base)))]
+    files = [file for file in found if file.is_file() and not file.name.startswith((".", "_"))]
+    if not files:
+        raise DataError(f"corpus.path: {path!r}: no such file, directory or glob")
+    known = [file for file in files if file.suffix in (".parquet", ".jsonl", ".json")]
+    if not known or (not base.is_dir() and known != files):
+        raise DataError(
+            f"corpus.path: {files[0]}: unknown ending; expected .parquet, .jsonl or .json (one object a line)"
+        )
+    return known
+
+
+def read_rows(file: Path) -> Iterator[Row]:
+    """Every row of one file in order; DataError where the file is unreadable or has no `text`."""
+    yield from _read_parquet(file) if file.suffix == ".parquet" else _read_json_lines(file)
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    try:
+        parquet = pq.ParquetFile(path)
+        names = parquet.schema_arrow.names
+        if "text" not in names:
+            raise DataError(f"{path}: no column 'text'; it has {names}")
+        kind = parquet.schema_arrow.field("text").type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise DataError(f"{path}: column 'text' is {kind}; expected string")
+        position = 0
+        wanted = [name for name in ("text", "lang", "group") if name in names]
+        for batch in parquet.iter_batches(READ_ROWS, columns=wanted):
+            # As bytes, because a string column may hold bytes that are not UTF-8.
+            raw = batch.column("text").cast(pa.large_binary()).to_pylist()
+            langs = batch.column("lang").to_pylist() if "lang" in names else [None] * len(raw)
+            groups = batch.column("group").to_pylist() if "group" in names else [None] * len(raw)
+            for content, lang, group in zip(raw, langs, groups, strict=True):
+                yield _row(position, content, lang, group)
+                position += 1
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        raise DataError(f"{path}: not a readable Parquet file: {error}") from error
+
+
+def _read_json_lines(path: Path) -> Iterator[Row]:
+    has_text = False
+    try:
+        with path.open("rb") as lines:
+            for position, line in enumerate(lines):
+                try:
+                    record = json.loads(line)
+                except (UnicodeDecodeError, json.JSONDecodeError) as error:
+                    reason = "invalid UTF-8" if isinstance(error, UnicodeDecodeError) else "not JSON"
+                    yield Row(
+                        position, line[: EXCERPT_CHARACTERS * 4].decode(errors="replace"), UNKNOWN_LANGUAGE, -1, reason
+                    )
+                    continue
+                if not isinstance(record, dict) or "text" not in record:
+                    yield Row(position, str(record), UNKNOWN_LANGUAGE, -1, "no 'text'")
+                    continue
+                has_text = True
+                text = record["text"]
+                content = text.encode(errors="surrogatepass") if isinstance(text, str) else text
+                yield _row(position, content, record.get("lang"), record.get("group"))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    if not has_text:
+        raise DataError(f"{path}: no line is a JSON object with 'text'")
+
+
+def _row(position: int, content: Any, lang: Any, group: Any) -> Row:
+    lang = lang if isinstance(lang, str) and lang else UNKNOWN_LANGUAGE
+    group = group if isinstance(group, int) else -1
+    if content is None:
+        return Row(position, "", lang, group, "null")
+    if not isinstance(content, bytes):
+        return Row(position, str(content), lang, group, f"'text' is {type(content).__name__}")
+    try:
+        text = normalize("NFC", content.decode()).strip()
+    except UnicodeDecodeError:
+        return Row(position, content[: EXCERPT_CHARACTERS * 4].decode(errors="replace"), lang, group, "invalid UTF-8")
+    return Row(position, text, lang, group, "" if text else "empty")
+
+
+def split_corpus(config: CorpusConfig, directory: Path, seed: int = 0) -> dict[str, Any]:
+    """Write train, validation, held_out and quarantine.parquet from the user's corpus; return the counts.
+
+    Raises DataError where a split, or a language asked for, would be without text.
+    """
+    assert config.path is not None  # noqa: S101 (the caller chose the demo corpus otherwise)
+    counts: Counter[str] = Counter()
+    languages: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    with ExitStack() as stack:
+        sinks = {
+            name: stack.enter_context(_Sink(directory / f"{name}.parquet", CORPUS if name in SPLITS else QUARANTINE))
+            for name in (*SPLITS, "quarantine")
+        }
+        for file in corpus_files(config.path):
+            for row in read_rows(file):
+                if config.languages and row.lang not in config.languages and not row.reason:
+                    counts["other_language"] += 1
+                    continue
+                reason = row.reason or ("too long" if len(row.text) > config.max_characters else "")
+                if reason:
+                    reasons[reason] += 1
+                    excerpt = row.text[:EXCERPT_CHARACTERS]
+                    sinks["quarantine"].add((str(file), row.position, reason, excerpt))
+                    continue
+                split = _split_of(row, config, seed)
+                sinks[split].add((counts[split], row.text, row.lang, row.group))
+                counts[split] += 1
+                languages[row.lang] += 1
+    if silent := [language for language in config.languages if not languages[language]]:
+        raise DataError(f"corpus.languages: {silent}: no text in {config.path!r}; it has {sorted(languages)}")
+    if empty := [name for name in SPLITS if not counts[name]]:
+        raise DataError(
+            f"corpus {config.path!r}: {languages.total()} usable texts leave {empty} empty "
+            f"(quarantined: {dict(reasons)}); give more text or raise corpus.validation_share and held_out_share"
+        )
+    return {"splits": dict(counts), "sentences_by_language": dict(languages), "quarantined": dict(reasons)}
+
+
+def _split_of(row: Row, config: CorpusConfig, seed: int) -> str:
+    key = f"{seed}:{row.group}" if row.group >= 0 else f"{seed}:{row.text.casefold()}"
+    share = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) / 2**64
+    if share < config.validation_share:
+        return "validation"
+    return "held_out" if share < config.validation_share + config.held_out_share else "train"
+
+
+class _Sink:
+    """A Parquet file that rows are added to one by one and written in row groups."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self.schema = schema
+        self.writer = pq.ParquetWriter(path, schema, compression="zstd")
+        self.rows: list[tuple[Any, ...]] = []
+
+    def add(self, row: tuple[Any, ...]) -> None:
+        self.rows.append(row)
+        if len(self.rows) == READ_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self.rows:
+            columns = [list(column) for column in zip(*self.rows, strict=True)]
+            self.writer.write_table(
+                pa.Table.from_arrays(
+                    [pa.array(c, f.type) for c, f in zip(columns, self.schema, strict=True)], schema=self.schema
+                )
+            )
+            self.rows = []
+
+    def __enter__(self) -> "_Sink":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.flush()
+        self.writer.close()
+
+
+def texts_by_language(path: Path) -> dict[str, list[str]]:
+    """All texts of a CORPUS file by language."""
+    table = pq.read_table(path, columns=["text", "lang"])
+    grouped: dict[str, list[str]] = {}
+    for text, lang in zip(table["text"].to_pylist(), table["lang"].to_pylist(), strict=True):
+        grouped.setdefault(lang, []).append(text)
+    return grouped
+
+
+def choose_texts(path: Path, directory: Path, max_texts: int, temperature: float, seed: int) -> int:
+    """Write `texts.parquet`, at most `max_texts` rows of the CORPUS file `path` with new dense ids; return how many.
+
+    A language's weight is (its share)**temperature: 1 keeps the corpus' balance, 0 gives every language the same.
+    """
+    langs = pq.read_table(path, columns=["lang"])["lang"].combine_chunks().dictionary_encode()
+    chosen = _smoothed_sample(np.asarray(langs.indices), max_texts, temperature, seed)
+    start = 0
+    with pq.ParquetWriter(directory / "texts.parquet", CORPUS, compression="zstd") as writer:
+        for batch in pq.ParquetFile(path).iter_batches(READ_ROWS):
+            mask = chosen[batch["id"].to_numpy()]
+            kept = pa.Table.from_batches([batch], CORPUS).filter(pa.array(mask))
+            ids = pa.array(np.arange(start, start + len(kept)), pa.int64())
+            writer.write_table(kept.set_column(0, CORPUS.field("id"), ids), row_group_size=READ_ROWS)
+            start += len(kept)
+    return start
+
+
+def _smoothed_sample(
+    languages: npt.NDArray[np.integer], max_texts: int, temperature: float, seed: int
+) -> npt.NDArray[np.bool_]:
+    """Which rows to take, given each row's language number: exactly `max_texts`, or all where there are no more."""
+    if max_texts >= len(languages):
+        return np.ones(len(languages), dtype=bool)
+    sizes = np.bincount(languages)
+    shares = (sizes / sizes.sum()) ** temperature / np.maximum(sizes, 1)
+    random = np.random.default_rng(seed)
+    # The largest keys of a weighted draw without replacement (Efraimidis and Spirakis 2006).
+    keys = np.log(random.random(len(languages))) / shares[languages]
+    mask = np.zeros(len(languages), dtype=bool)
+    mask[np.argpartition(-keys, max_texts)[:max_texts]] = True
+    return mask

@@ -1,0 +1,190 @@
+"""Distil a student from cached teacher vectors: the loop of one process, with no cluster in sight."""
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field
+from sentence_transformers import SentenceTransformer
+from torch import nn
+
+from embedlib.batching import pad, token_budget_batches
+from embedlib.collectives import all_reduce_sum, rank, world_size
+from embedlib.config import Config
+from embedlib.dataset import DistillationSet
+from embedlib.encoder import Encoder, SentenceVectors, body_of, fast_dtype
+from embedlib.losses import LossConfig
+from embedlib.memory import keep_freed_memory
+from embedlib.training import (
+    Batch,
+    OptimizerConfig,
+    SampleOrder,
+    StepResult,
+    TrainState,
+    build_optimizer,
+    share_of_rank,
+    train_step,
+)
+
+CPU_MICRO_BATCH_TOKENS = 768
+CUDA_MICRO_BATCH_TOKENS = 65536
+RATE_STEPS = 4
+
+
+class DistillationConfig(Config):
+    """How the student learns."""
+
+    epochs: int = Field(default=2, ge=1)
+    """Passes over the training texts."""
+    batch_size: int = Field(default=512, ge=1)
+    """Samples of one optimiser step, over all workers."""
+    loss: LossConfig = LossConfig()
+    """What is compared between student and teacher."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """How the weights move."""
+    micro_batch_tokens: int | None = Field(default=None, ge=1)
+    """Padded tokens of one forward and backward; none: fit for the device."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of forward and backward; auto: bfloat16 where the hardware is faster with it. Weights stay float32."""
+    seed: int = 0
+    """Decides the order of the samples."""
+
+
+class Step(NamedTuple):
+    """What a step did, over all processes' shares."""
+
+    step: int
+    """Steps done, this one included."""
+    ids: list[int]
+    """Samples that this process saw."""
+    result: StepResult
+
+
+def load_student(directory: Path, device: torch.device) -> SentenceVectors:
+    """The student of a model directory, as a module to train in float32.
+
+    Dropout stays off: the targets do not change from epoch to epoch, and a small student underfits them as it is.
+    """
+    model = SentenceTransformer(str(directory), device=str(device), trust_remote_code=False, local_files_only=True)
+    if device.type == "cpu":
+        # PyTorch's fused attention is slow backwards on CPUs: a third of a step on short texts.
+        body_of(model).set_attn_implementation("eager")
+        keep_freed_memory()
+    return SentenceVectors(model.float()).eval().requires_grad_(True)
+
+
+def total_steps(num_samples: int, config: DistillationConfig) -> int:
+    """Steps of the whole run."""
+    return SampleOrder(num_samples, config.batch_size, config.seed).steps_per_epoch * config.epochs
+
+
+def new_state(model: nn.Module, num_samples: int, config: DistillationConfig) -> TrainState:
+    """The state before the first step."""
+    return TrainState(
+        model, build_optimizer(model, config.optimizer), config.optimizer, total_steps(num_samples, config)
+    )
+
+
+def distil(state: TrainState, dataset: DistillationSet, config: DistillationConfig, pad_id: int) -> Iterator[Step]:
+    """Take the steps that are left, one each time the caller asks for the next."""
+    device = next(state.model.parameters()).device
+    dtype = resolve_dtype(config, device)
+    budget = config.micro_batch_tokens or (CUDA_MICRO_BATCH_TOKENS if device.type == "cuda" else CPU_MICRO_BATCH_TOKENS)
+    order = SampleOrder(len(dataset), config.batch_size, config.seed)
+    for rows in order.batches(state.step, state.total_steps):
+        mine = share_of_rank(rows, dataset.lengths(rows))
+        tokens, targets = dataset.samples(mine)
+        result = train_step(state, Batch(tokens, targets, len(rows)), config.loss, budget, dtype, pad_id)
+        yield Step(state.step, mine.tolist(), result)
+
+
+def resolve_dtype(config: DistillationConfig, device: torch.device) -> torch.dtype:
+    """The arithmetic that `auto` stands for on this device."""
+    return fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
+
+
+@torch.inference_mode()
+def validation_cosine(model: nn.Module, dataset: DistillationSet, dtype: torch.dtype, pad_id: int) -> float:
+    """Mean cosine to the teacher over the validation set, shared among the processes."""
+    device = next(model.parameters()).device
+    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    rows = np.arange(rank(), len(dataset), world_size())
+    total = torch.zeros(2, device=device, dtype=torch.float64)
+    for part in token_budget_batches(dataset.lengths(rows), CPU_MICRO_BATCH_TOKENS):
+        tokens, targets = dataset.samples(rows[part])
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            vectors = inner(**pad(tokens, pad_id, device))
+        total[0] += nn.functional.cosine_similarity(vectors.float(), targets.to(device), dim=-1).sum()
+        total[1] += len(part)
+    all_reduce_sum(total)
+    return float(total[0] / total[1])
+
+
+class Rates(NamedTuple):
+    """What this machine does in a second."""
+
+    teacher_texts_per_s: float
+    student_samples_per_s: float
+
+
+def measure_rates(teacher: Encoder, student: Path, texts: Sequence[str], config: DistillationConfig) -> Rates:
+    """The rates of teacher vectors and of training steps on `texts` (prompts included), model loading excluded."""
+    tokens = teacher.tokenise(texts)
+    teacher.encode_tokens(tokens[: len(tokens) // 4])  # the first forwards pay for allocations
+    start = time.perf_counter()
+    vectors = teacher.encode_tokens(tokens, normalise=False).astype(np.float16)
+    teacher_rate = len(texts) / (time.perf_counter() - start)
+
+    model = load_student(student, teacher.device)
+    dataset = DistillationSet.of(Encoder(model.model).tokenise(texts), vectors)
+    batch_size = min(config.batch_size, max(1, len(texts) // (RATE_STEPS + 1)))
+    config = config.model_copy(update={"epochs": 1, "batch_size": batch_size})
+    steps = distil(new_state(model, len(dataset), config), dataset, config, teacher.pad_id)
+    next(steps)
+    start = time.perf_counter()
+    num_samples = sum(len(step.ids) for step in steps)
+    return Rates(teacher_rate, num_samples / (time.perf_counter() - start))
+
+
+class Plan(NamedTuple):
+    """How much is learned from."""
+
+    num_texts: int
+    epochs: int
+
+
+def plan_within(minutes: float, rates: Rates, available: int, epochs: int) -> Plan:
+    """The most texts whose vectors and `epochs` fit into the minutes; where all texts do, the most epochs that fit."""
+    seconds = 60 * minutes
+    per_text = 1 / rates.teacher_texts_per_s + epochs / rates.student_samples_per_s
+    num_texts = max(1, min(available, int(seconds / per_text)))
+    if num_texts == available:
+        left = seconds - available / rates.teacher_texts_per_s
+        epochs = max(epochs, int(left * rates.student_samples_per_s / available))
+    return Plan(num_texts, epochs)
+
+
+def best_after_distilling(
+    students: Sequence[Path], teacher: Encoder, texts: Sequence[str], config: DistillationConfig, num_steps: int
+) -> int:
+    """Which of the students is nearest to the teacher after `num_steps` on `texts` (prompts included), by cosine.
+
+    A tenth of the texts is kept apart to decide on.
+    """
+    vectors = teacher.encode_tokens(teacher.tokenise(texts), normalise=False).astype(np.float16)
+    num_apart = max(1, len(texts) // 10)
+    scores = []
+    for directory in students:
+        model = load_student(directory, teacher.device)
+        tokens = Encoder(model.model).tokenise(texts)
+        training = DistillationSet.of(tokens[num_apart:], vectors[num_apart:])
+        apart = DistillationSet.of(tokens[:num_apart], vectors[:num_apart])
+        state = new_state(model, len(training), config)
+        state.total_steps = num_steps
+        for _ in distil(state, training, config, teacher.pad_id):
+            pass
+        scores.append(validation_cosine(model, apart, resolve_dtype(config, teacher.device), teacher.pad_id))
+    return int(np.argmax(scores))

@@ -1,0 +1,23 @@
+"""Every error embedlib raises on purpose.
+
+EmbedlibError
+├── ConfigError     a value the user chose cannot work: names the key, the value and what was expected
+├── DataError       a corpus, vector file or text cannot be used: names the file, the column or row, and the reason
+└── ArtifactError   a model or data directory is missing, foreign, damaged or of another fingerprint
+"""
+
+
+class EmbedlibError(Exception):
+    """Base of every error embedlib raises on purpose."""
+
+
+class ConfigError(EmbedlibError):
+    """A value the user chose cannot work."""
+
+
+class DataError(EmbedlibError):
+    """A corpus, vector file or text cannot be used."""
+
+
+class ArtifactError(EmbedlibError):
+    """A model or data directory is missing, foreign, damaged or of another fingerprint."""

@@ -1,0 +1,1 @@
+"""What a model lost and gained: measurements, the report and its plots."""

@@ -1,0 +1,37 @@
+"""The Parquet schemas of embedlib: column names, types and units.
+
+Every row of a corpus has an `id`, unique within its file and dense from 0 unless stated otherwise. Texts are stored
+without prompts: the prefix belongs to the model and is named in the manifest of what was made with it.
+"""
+
+import pyarrow as pa
+
+CORPUS = pa.schema(
+    [
+        pa.field("id", pa.int64(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),  # NFC, without prompt
+        pa.field("lang", pa.string(), nullable=False),  # ISO 639-1, "und" where unknown
+        pa.field(
+            "group", pa.int64(), nullable=False
+        ),  # rows that translate each other share it; -1: no translation known
+    ]
+)
+
+QUARANTINE = pa.schema(
+    [
+        pa.field("source", pa.string(), nullable=False),  # the file the row came from
+        pa.field("row", pa.int64(), nullable=False),  # its position in that file, from 0
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("excerpt", pa.string(), nullable=False),  # at most 200 characters
+    ]
+)
+
+
+def embeddings_schema(embedding_dim: int) -> pa.Schema:
+    """EMBEDDINGS: `id` and one float16 vector of `embedding_dim` elements a row."""
+    return pa.schema(
+        [
+            pa.field("id", pa.int64(), nullable=False),
+            pa.field("vector", pa.list_(pa.float16(), embedding_dim), nullable=False),
+        ]
+    )

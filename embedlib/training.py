@@ -1,0 +1,202 @@
+"""One process' view of training: the state, the order of samples, the schedule and one optimiser step.
+
+The arithmetic does not depend on how a batch is cut: a batch of samples split into micro-batches, or over processes,
+gives the gradient of the whole batch. Vectors coupled by the loss (a Gram term) are first embedded without gradient,
+then once more with it, as in GradCache (Gao et al. 2021, arXiv:2101.06983).
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import Field
+from torch import nn
+
+from embedlib.batching import TokenIds, pad, token_budget_batches
+from embedlib.collectives import all_gather_rows, rank, world_size
+from embedlib.config import Config
+from embedlib.losses import LossConfig, distillation_loss
+
+NO_DECAY = ("bias", "LayerNorm.weight", "layer_norm.weight")
+
+
+class OptimizerConfig(Config):
+    """AdamW with linear warm-up and cosine decay to zero."""
+
+    learning_rate: float = Field(default=2e-5, gt=0)
+    """Peak learning rate."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Decay of weights; LayerNorm and bias have none."""
+    warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
+    """Share of all steps in which the learning rate rises from zero."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's running-average coefficients."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients longer than this are scaled down to it."""
+
+
+class Batch(NamedTuple):
+    """One process' share of a batch of samples."""
+
+    tokens: Sequence[TokenIds]
+    """Token ids of each sample."""
+    targets: torch.Tensor
+    """Teacher vectors before normalisation, (rows, dim) float32."""
+    total_rows: int
+    """Rows of the batch over all processes."""
+
+
+class StepResult(NamedTuple):
+    """What one process saw in a step."""
+
+    loss: float
+    """Sum over this process' rows ÷ rows of the whole batch; the processes' values add up to the batch's mean loss."""
+    num_tokens: int
+    """Tokens embedded by this process, padding excluded."""
+    grad_norm: float
+    """Length of the whole batch's gradient before clipping."""
+
+
+@dataclass
+class TrainState:
+    """All that a resumed run needs to go on as if it had not stopped."""
+
+    model: nn.Module
+    """Maps `input_ids` and `attention_mask` to vectors (batch, dim) before normalisation."""
+    optimizer: torch.optim.Optimizer
+    config: OptimizerConfig
+    total_steps: int
+    step: int = 0
+    """Steps done; with batch size, seed and number of samples it is the data cursor, at any world size."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimiser, step and random state; weights are saved apart, as safetensors."""
+        return {"optimizer": self.optimizer.state_dict(), "step": self.step, "rng": torch.get_rng_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = int(state["step"])
+        torch.set_rng_state(state["rng"])
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW in two groups, so that LayerNorm and bias are not decayed."""
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (plain if name.endswith(NO_DECAY) else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+
+
+def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float:
+    """The learning rate of step number `step` (from 0): linear warm-up, then cosine decay to zero."""
+    warmup_steps = max(1, round(config.warmup_fraction * total_steps))
+    if step < warmup_steps:
+        return config.learning_rate * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+class SampleOrder(NamedTuple):
+    """Which samples each step sees: a fresh permutation every epoch, every sample once an epoch."""
+
+    num_samples: int
+    batch_size: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of one epoch; the last may be a smaller batch."""
+        return math.ceil(self.num_samples / self.batch_size)
+
+    def batches(self, first_step: int, last_step: int) -> Iterator[npt.NDArray[np.int64]]:
+        """Sample indices of the whole batch of each step from `first_step` up to `last_step`, excluded."""
+        epoch, order = -1, np.empty(0, dtype=np.int64)
+        for step in range(first_step, last_step):
+            wanted, within = divmod(step, self.steps_per_epoch)
+            if wanted != epoch:
+                epoch, order = wanted, np.random.default_rng([self.seed, wanted]).permutation(self.num_samples)
+            yield order[within * self.batch_size : (within + 1) * self.batch_size]
+
+
+def share_of_rank(rows: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """This process' rows of a batch: dealt out by length, so that all processes have about as many tokens."""
+    return rows[np.argsort(-lengths, kind="stable")][rank() :: world_size()]
+
+
+def train_step(
+    state: TrainState, batch: Batch, loss: LossConfig, batch_tokens: int, dtype: torch.dtype, pad_id: int
+) -> StepResult:
+    """One optimiser step on `batch`, forward and backward in micro-batches of at most `batch_tokens` padded tokens."""
+    device = next(state.model.parameters()).device
+    lengths = np.array([len(tokens) for tokens in batch.tokens])
+    micro_batches = list(token_budget_batches(lengths, batch_tokens))
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+    def embed(rows: npt.NDArray[np.int64]) -> torch.Tensor:
+        with autocast:
+            vectors: torch.Tensor = state.model(**pad([batch.tokens[row] for row in rows], pad_id, device))
+        return vectors.float()
+
+    targets = batch.targets.to(device)
+    gradients = _coupled_gradients(embed, micro_batches, targets, batch, loss) if loss.couples_rows else None
+    total_loss = gradients.loss if gradients else 0.0
+    for index, rows in enumerate(micro_batches):
+        with _gradients_held_back(state.model, unless=index == len(micro_batches) - 1):
+            vectors = embed(rows)
+            if gradients:
+                scalar = (vectors * gradients.by_row[rows]).sum()
+            else:
+                scalar = distillation_loss(vectors, targets[rows], loss).sum() / batch.total_rows
+                total_loss += scalar.item()
+            # DistributedDataParallel averages over processes; the rows' losses are to be added up.
+            (scalar * world_size()).backward()
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(state.step, state.total_steps, state.config)
+    norm = nn.utils.clip_grad_norm_(state.model.parameters(), state.config.max_grad_norm)
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    state.step += 1
+    return StepResult(total_loss, int(lengths.sum()), float(norm))
+
+
+class _CoupledGradients(NamedTuple):
+    by_row: torch.Tensor
+    loss: float
+
+
+def _coupled_gradients(
+    embed: Callable[[npt.NDArray[np.int64]], torch.Tensor],
+    micro_batches: list[npt.NDArray[np.int64]],
+    targets: torch.Tensor,
+    batch: Batch,
+    loss: LossConfig,
+) -> _CoupledGradients:
+    """The gradient of the whole batch's loss by this process' vectors (rows, dim), and its part of the loss."""
+    with torch.no_grad():
+        parts = [embed(rows) for rows in micro_batches]
+    own = torch.empty(len(targets), parts[0].shape[1], device=targets.device)
+    for rows, part in zip(micro_batches, parts, strict=True):
+        own[rows] = part
+    vectors, start = all_gather_rows(own)
+    all_targets, _ = all_gather_rows(targets)
+    vectors.requires_grad_(True)
+    by_row = distillation_loss(vectors, all_targets, loss) / batch.total_rows
+    (gradient,) = torch.autograd.grad(by_row.sum(), vectors)
+    mine = slice(start, start + len(targets))
+    return _CoupledGradients(gradient[mine], by_row[mine].sum().item())
+
+
+def _gradients_held_back(model: nn.Module, unless: bool) -> AbstractContextManager[None]:
+    """DistributedDataParallel exchanges gradients once a step: in the last micro-batch."""
+    if isinstance(model, nn.parallel.DistributedDataParallel) and not unless:
+        return model.no_sync()
+    return nullcontext()

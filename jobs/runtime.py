@@ -1,0 +1,90 @@
+"""What every job needs of Ray and of the terminal: a cluster to run on, quiet logs, progress with the time left."""
+
+import logging
+import os
+import secrets
+import time
+from pathlib import Path
+
+import ray
+
+# A resumed Ray Data plan hangs where Ray counts two CPUs or fewer (Ray 2.60), so a local cluster counts at least four.
+MIN_LOCAL_CPUS = 4
+
+
+def connect() -> None:
+    """Join the cluster this job was submitted to, or start a local one with token authentication."""
+    quiet()
+    if not os.environ.get("RAY_ADDRESS"):
+        require_token()
+    cpus = None if os.environ.get("RAY_ADDRESS") else max(MIN_LOCAL_CPUS, os.cpu_count() or 1)
+    ray.init(
+        num_cpus=cpus,
+        ignore_reinit_error=True,
+        include_dashboard=False,
+        log_to_driver=True,
+        logging_level=logging.WARNING,
+    )
+
+
+def require_token() -> None:
+    """Set token authentication explicitly, with a token made on first use and readable by its owner alone."""
+    os.environ["RAY_AUTH_MODE"] = "token"
+    if "RAY_AUTH_TOKEN" in os.environ:
+        return
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+
+
+def quiet() -> None:
+    """Keep library chatter out of a job's log; warnings stay."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    for name in ("ray.data", "ray.train", "ray.tune", "sentence_transformers"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def artifacts_directory() -> Path:
+    """Where jobs keep their output: $EMBEDLIB_ARTIFACTS, else `artifacts` where the job was started."""
+    return Path(os.environ.get("EMBEDLIB_ARTIFACTS", "artifacts")).absolute()
+
+
+class Progress:
+    """Prints now and then how far, how fast and the time left; in lines, because a submitted job has no terminal."""
+
+    def __init__(self, what: str, total: int, unit: str, every_s: float = 10.0) -> None:
+        self.what, self.total, self.unit, self.every_s = what, total, unit, every_s
+        self.start = self.last = time.monotonic()
+        self.first = 0
+        self.done = 0
+
+    def update(self, done: int, note: str = "") -> None:
+        """Say that `done` of the total are done, if the last line is old enough or all is done."""
+        if not self.done:
+            self.first = done
+        self.done = done
+        now = time.monotonic()
+        if now - self.last < self.every_s and done < self.total:
+            return
+        self.last = now
+        rate = max(done - self.first, 1) / max(now - self.start, 1e-9)
+        left = (self.total - done) / rate
+        print(
+            f"{self.what}: {100 * done / max(self.total, 1):3.0f}% · {done:,}/{self.total:,} {self.unit} · "
+            f"{rate:,.0f} {self.unit}/s · {format_seconds(left)} left{' · ' + note if note else ''}",
+            flush=True,
+        )
+
+
+def format_seconds(seconds: float) -> str:
+    """`75.2` → `1:15`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
