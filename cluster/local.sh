@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 export EMBEDLIB_ARTIFACTS="${EMBEDLIB_ARTIFACTS:-$PWD/artifacts}"
-export PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0 RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0
+export PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0 RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0 RAY_COLOR_PREFIX=0
 # Explicitly: `ray start` and `ray job submit` must agree, whatever token files there are.
 export RAY_AUTH_MODE=token
 [ -n "${RAY_AUTH_TOKEN:-}" ] || ray get-auth-token --generate >/dev/null
@@ -39,4 +39,4 @@ for _ in $(seq 120); do
   sleep 0.5
 done
 ray job submit --working-dir . --log-style=record --log-color=false -- "$@" 2>&1 \
-  | grep --line-buffered -v -E 'INFO (cli|sdk|dashboard_sdk|packaging)\.py|^ *$|^(Tailing|Next steps|  +ray job|  +Query|  +Request)' 
+  | grep --line-buffered -v -E ' (INFO|SUCC|WARNING) (cli|sdk|dashboard_sdk|packaging|working_dir|job_manager)\.py|core_worker\.cc|^ *$'

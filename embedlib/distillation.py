@@ -29,7 +29,7 @@ from embedlib.training import (
     train_step,
 )
 
-CPU_MICRO_BATCH_TOKENS = 768
+CPU_MICRO_BATCH_TOKENS = 2048
 CUDA_MICRO_BATCH_TOKENS = 65536
 RATE_STEPS = 4
 

@@ -6,7 +6,7 @@ then once more with it, as in GradCache (Gao et al. 2021, arXiv:2101.06983).
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -114,8 +114,8 @@ class SampleOrder(NamedTuple):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of one epoch; the last may be a smaller batch."""
-        return math.ceil(self.num_samples / self.batch_size)
+        """Steps of one epoch: what does not fill a batch is spread over the others, so none is ever small."""
+        return max(1, self.num_samples // self.batch_size)
 
     def batches(self, first_step: int, last_step: int) -> Iterator[npt.NDArray[np.int64]]:
         """Sample indices of the whole batch of each step from `first_step` up to `last_step`, excluded."""
@@ -124,7 +124,8 @@ class SampleOrder(NamedTuple):
             wanted, within = divmod(step, self.steps_per_epoch)
             if wanted != epoch:
                 epoch, order = wanted, np.random.default_rng([self.seed, wanted]).permutation(self.num_samples)
-            yield order[within * self.batch_size : (within + 1) * self.batch_size]
+            start, end = (edge * self.num_samples // self.steps_per_epoch for edge in (within, within + 1))
+            yield order[start:end]
 
 
 def share_of_rank(rows: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -147,13 +148,21 @@ def train_step(
         return vectors.float()
 
     targets = batch.targets.to(device)
-    gradients = _coupled_gradients(embed, micro_batches, targets, batch, loss) if loss.couples_rows else None
-    total_loss = gradients.loss if gradients else 0.0
+    gradient = None
+    total_loss = 0.0
+    if loss.couples_rows and len(micro_batches) > 1:
+        with torch.no_grad():
+            own = torch.cat([embed(rows) for rows in micro_batches])[np.argsort(np.concatenate(micro_batches))]
+        joined = joined_loss(own.requires_grad_(True), targets, batch.total_rows, loss)
+        (gradient,) = torch.autograd.grad(joined.whole, own)
+        total_loss = joined.own_part
     for index, rows in enumerate(micro_batches):
         with _gradients_held_back(state.model, unless=index == len(micro_batches) - 1):
             vectors = embed(rows)
-            if gradients:
-                scalar = (vectors * gradients.by_row[rows]).sum()
+            if gradient is not None:
+                scalar = (vectors * gradient[rows]).sum()
+            elif loss.couples_rows:
+                scalar, total_loss = joined_loss(vectors, targets[rows], batch.total_rows, loss)
             else:
                 scalar = distillation_loss(vectors, targets[rows], loss).sum() / batch.total_rows
                 total_loss += scalar.item()
@@ -168,31 +177,22 @@ def train_step(
     return StepResult(total_loss, int(lengths.sum()), float(norm))
 
 
-class _CoupledGradients(NamedTuple):
-    by_row: torch.Tensor
-    loss: float
+class JoinedLoss(NamedTuple):
+    """A loss over the rows of all processes."""
+
+    whole: torch.Tensor
+    """The mean over all rows, differentiable by this process' vectors."""
+    own_part: float
+    """What this process' rows add to it."""
 
 
-def _coupled_gradients(
-    embed: Callable[[npt.NDArray[np.int64]], torch.Tensor],
-    micro_batches: list[npt.NDArray[np.int64]],
-    targets: torch.Tensor,
-    batch: Batch,
-    loss: LossConfig,
-) -> _CoupledGradients:
-    """The gradient of the whole batch's loss by this process' vectors (rows, dim), and its part of the loss."""
-    with torch.no_grad():
-        parts = [embed(rows) for rows in micro_batches]
-    own = torch.empty(len(targets), parts[0].shape[1], device=targets.device)
-    for rows, part in zip(micro_batches, parts, strict=True):
-        own[rows] = part
-    vectors, start = all_gather_rows(own)
-    all_targets, _ = all_gather_rows(targets)
-    vectors.requires_grad_(True)
-    by_row = distillation_loss(vectors, all_targets, loss) / batch.total_rows
-    (gradient,) = torch.autograd.grad(by_row.sum(), vectors)
-    mine = slice(start, start + len(targets))
-    return _CoupledGradients(gradient[mine], by_row[mine].sum().item())
+def joined_loss(own: torch.Tensor, targets: torch.Tensor, total_rows: int, loss: LossConfig) -> JoinedLoss:
+    """The loss of `own` vectors (rows, dim) together with those of the other processes, which stay constant."""
+    gathered, start = all_gather_rows(own)
+    end = start + len(own)
+    joined = torch.cat([gathered[:start], own, gathered[end:]])
+    by_row = distillation_loss(joined, all_gather_rows(targets)[0], loss) / total_rows
+    return JoinedLoss(by_row.sum(), by_row[start:end].sum().item())
 
 
 def _gradients_held_back(model: nn.Module, unless: bool) -> AbstractContextManager[None]:

@@ -72,20 +72,21 @@ from embedlib.pretrained import EMBEDDED_TEACHER, EMBEDDED_TEACHER_NAME, pretrai
 from embedlib.training import TrainState
 from embedlib.wheels import cache_directory
 from jobs.embed import EmbedConfig, embed, read_parts
-from jobs.runtime import Progress, artifacts_directory, connect, format_seconds
+from jobs.runtime import Progress, artifacts_directory, connect, cpu_processes, format_seconds, num_gpus, quiet
 
 DEMO_RUN = Path(__file__).parent / "runs" / "demo.yaml"
 WEIGHTS, STATE = "model.safetensors", "state.pt"
 LOG_EVERY_STEPS = 10
 VALIDATION_TEXTS = 1000
 PROBE_TEXTS = 2000
+MIN_PART_ROWS, NUM_PARTS = 512, 32
 
 
 class WorkersConfig(Config):
     """How the steps are spread over the cluster and kept safe."""
 
     num_workers: int | None = Field(default=None, ge=1)
-    """Training processes; none: one a GPU, or one in all where there are none."""
+    """Training processes; none: one a GPU, or where there are none one a core, at most 8."""
     validate_every: int = Field(default=200, ge=1)
     """Steps between two validations."""
     checkpoint_every: int = Field(default=200, ge=1)
@@ -146,6 +147,7 @@ class TrainJob(Config):
 def train_worker(values: dict[str, Any]) -> None:
     """One training process: go on from the last checkpoint to the end."""
     job = TrainJob.model_validate(values)
+    quiet()
     context = ray.train.get_context()
     rank = context.get_world_rank()
     device = ray.train.torch.get_device()
@@ -296,12 +298,14 @@ def make_texts(config: DistillConfig, corpus: Path, num_texts: int) -> Path:
 
 def make_vectors(config: DistillConfig, teacher: Path, texts: Path) -> Path:
     """Stage `vectors`: the teacher's vector of every training text, before normalisation."""
+    num_texts = manifest_of(texts).measurements["texts"]
     job = EmbedConfig(
         input=texts / "texts.parquet",
         output=config.directory / "vectors",
         model=str(teacher),
         prompts=config.compression.prompts,
         normalise=False,
+        rows_per_part=max(MIN_PART_ROWS, min(READ_ROWS, num_texts // NUM_PARTS)),
     )
     return embed(job).directory
 
@@ -353,17 +357,18 @@ def make_trained(config: DistillConfig, plan: Plan, student: Path, dataset: Path
     log = run / "log"
     log.mkdir(parents=True, exist_ok=True)
     job = TrainJob(student=student, dataset=dataset, log=log, distillation=distillation, workers=config.workers)
-    gpus = int(ray.cluster_resources().get("GPU", 0))
+    gpus = num_gpus()
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=job.model_dump(mode="json"),
         scaling_config=ScalingConfig(
-            num_workers=config.workers.num_workers or max(1, gpus),
+            num_workers=config.workers.num_workers or gpus or cpu_processes(),
             use_gpu=gpus > 0,
             resources_per_worker={"CPU": 1, **({"GPU": 1} if gpus else {})},
         ),
         run_config=RunConfig(
             name="ray",
+            worker_runtime_env={"env_vars": {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}},  # prints every line twice
             storage_path=str(run),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             failure_config=FailureConfig(max_failures=config.workers.max_failures),

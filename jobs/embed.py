@@ -35,7 +35,7 @@ from embedlib.encoder import Encoder, with_prompts
 from embedlib.errors import ArtifactError, DataError
 from embedlib.pretrained import pretrained_directory
 from embedlib.schemas import embeddings_schema
-from jobs.runtime import Progress, connect
+from jobs.runtime import Progress, connect, cpu_processes, num_gpus, quiet
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -56,7 +56,7 @@ class EmbedConfig(Config):
     dtype: str | None = Field(default=None, pattern="^(float32|bfloat16|float16)$")
     """Arithmetic of the model; none: the fast one of each worker's hardware."""
     num_actors: int | None = Field(default=None, ge=1)
-    """Encoders at work; none: one a GPU, or one a node where there are none."""
+    """Encoders at work; none: one a GPU, or where there are none one a core, at most 8 a node."""
     rows_per_part: int = Field(default=READ_ROWS, ge=1)
     """Rows of one part file: what a crash can cost, and the window in which lengths are sorted."""
 
@@ -74,11 +74,12 @@ class EmbedPart:
     """Ray actor: loads the encoder once, embeds parts and writes them."""
 
     def __init__(self, model: str, output: str, config: dict[str, Any]) -> None:
+        quiet()
         self.config = EmbedConfig.model_validate(config)
         self.output = Path(output)
         use_gpu = torch.cuda.is_available()
         if not use_gpu:
-            torch.set_num_threads(os.cpu_count() or 1)
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // cpu_processes()))
         dtype = DTYPES[self.config.dtype] if self.config.dtype else None
         self.encoder = Encoder.load(Path(model), torch.device("cuda" if use_gpu else "cpu"), dtype)
         self.prefixes = [self.encoder.prompt(name) for name in self.config.prompts]
@@ -183,8 +184,8 @@ def embed_parts(config: EmbedConfig, model: Path, parts: list[int], num_rows: in
     """Embed `parts` on the cluster; return rows, tokens and rows/s, model loading excluded."""
     if not parts:
         return 0, 0, 0.0
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    num_actors = min(config.num_actors or gpus or len(ray.nodes()), len(parts))
+    gpus = num_gpus()
+    num_actors = min(config.num_actors or gpus or len(ray.nodes()) * cpu_processes(), len(parts))
     done = (
         ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
         .map_batches(
@@ -194,7 +195,6 @@ def embed_parts(config: EmbedConfig, model: Path, parts: list[int], num_rows: in
             compute=ray.data.ActorPoolStrategy(size=num_actors),
             num_cpus=1,
             num_gpus=1 if gpus else None,
-            scheduling_strategy="SPREAD",
         )
         .iter_rows()
     )

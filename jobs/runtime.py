@@ -7,9 +7,11 @@ import time
 from pathlib import Path
 
 import ray
+import ray.data
 
 # A resumed Ray Data plan hangs where Ray counts two CPUs or fewer (Ray 2.60), so a local cluster counts at least four.
 MIN_LOCAL_CPUS = 4
+MAX_CPU_PROCESSES = 8
 
 
 def connect() -> None:
@@ -28,8 +30,7 @@ def connect() -> None:
 
 
 def require_token() -> None:
-    """Set token authentication explicitly, with a token made on first use and readable by its owner alone."""
-    os.environ["RAY_AUTH_MODE"] = "token"
+    """Make the token of the authentication that `jobs` switched on, on first use, readable by its owner alone."""
     if "RAY_AUTH_TOKEN" in os.environ:
         return
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
@@ -40,15 +41,28 @@ def require_token() -> None:
 
 
 def quiet() -> None:
-    """Keep library chatter out of a job's log; warnings stay."""
+    """Keep library chatter out of the log of a job or of its workers; errors stay."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False  # jobs print their own progress
     for name in ("ray.data", "ray.train", "ray.tune", "sentence_transformers"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def num_gpus() -> int:
+    """GPUs of the cluster."""
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def cpu_processes() -> int:
+    """How many one-thread processes the CPUs of one node feed: one a core, since threads that wait for each other in
+    every operation lose more to a busy machine than processes that meet once a batch."""
+    return min(os.cpu_count() or 1, MAX_CPU_PROCESSES)
 
 
 def artifacts_directory() -> Path:

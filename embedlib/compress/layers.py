@@ -22,7 +22,7 @@ class LayerConfig(Config):
     """Layers of the student."""
     candidates: list[Layers] = Field(default_factory=list)
     """Further choices to score, each `num_layers` teacher layers from 0; the usual ones are always scored."""
-    probe_texts: int = Field(default=192, ge=16)
+    probe_texts: int = Field(default=96, ge=16)
     """Texts on which a choice is scored without training."""
     greedy: bool = True
     """Also drop one layer at a time, always the one that is missed least."""
