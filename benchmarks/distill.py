@@ -5,9 +5,10 @@
 Both sides start from the same student and see the same texts with the same labels in the same batches, with the same
 learning rate, schedule and optimiser, and both minimise the squared error to the teacher's vectors before
 normalisation (`MSELoss` takes its mean over dimensions, embedlib its sum; AdamW does not feel the factor). The trainer
-stands as its documentation shows it, in float32 and in bfloat16. Its dropout stays on: without it PyTorch picks a
-fused attention that is slower backwards on CPUs. Every run has a process of its own, variants take turns, and a rate
-leaves the first steps out.
+stands as its documentation shows it, in float32 and in bfloat16, and once more with embedlib's allocator settings, since
+what a page fault costs differs from machine to machine. Its dropout stays on: without it PyTorch picks a fused
+attention that is slower backwards on CPUs. Every run has a process of its own, variants take turns, and a rate leaves
+the first steps out.
 """
 
 import argparse
@@ -61,6 +62,7 @@ from embedlib.distillation import (
 )
 from embedlib.encoder import Encoder, default_device, fast_dtype, with_prompts
 from embedlib.losses import LossConfig
+from embedlib.memory import keep_freed_memory
 from embedlib.pretrained import EMBEDDED_TEACHER, pretrained_directory
 from embedlib.training import OptimizerConfig, SampleOrder
 from embedlib.wheels import cache_directory
@@ -103,17 +105,21 @@ class Variant(NamedTuple):
     """`sentence-transformers` or `embedlib`."""
     dtype: str
     """Arithmetic of forward and backward: `float32`, `bfloat16` or `auto`."""
+    keeps_memory: bool = False
+    """Whether the trainer's process gets `embedlib.memory.keep_freed_memory`, which embedlib's always has on CPUs."""
 
 
 VARIANTS = (
     Variant("st_trainer", "sentence-transformers", "float32"),
     Variant("st_trainer_bf16", "sentence-transformers", "bfloat16"),
+    Variant("st_trainer_bf16_memory", "sentence-transformers", "bfloat16", keeps_memory=True),
     Variant("embedlib_fp32", "embedlib", "float32"),
     Variant("embedlib", "embedlib", "auto"),
 )
 RATIOS = {
     "distill_vs_st_trainer": ("embedlib", "st_trainer"),
     "distill_vs_st_trainer_bf16": ("embedlib", "st_trainer_bf16"),
+    "distill_vs_st_trainer_bf16_memory": ("embedlib", "st_trainer_bf16_memory"),
     "distill_fp32_vs_st_trainer": ("embedlib_fp32", "st_trainer"),
 }
 """Which median rate is divided by which."""
@@ -362,6 +368,8 @@ class Clock(TrainerCallback):
 
 def run_sentence_transformers(work: Path, settings: Settings, variant: Variant) -> Run:
     """All steps with `SentenceTransformerTrainer` and `MSELoss` on cached labels."""
+    if variant.keeps_memory:
+        keep_freed_memory()
     model = SentenceTransformer(str(work / STUDENT), device=str(default_device()), local_files_only=True)
     # Without its last module the model gives the vectors that embedlib compares, before normalisation.
     model = SentenceTransformer(modules=[module for module in model.children() if not isinstance(module, Normalize)])

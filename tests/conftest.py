@@ -121,6 +121,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks the hub is a mistake
+    os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that wait for each other make tiny models 100 times slower
 
@@ -273,11 +274,10 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.delenv("RAY_AUTH_TOKEN", raising=False)
-        patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path_factory.mktemp("ray") / "auth_token"))
         patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         quiet()
         require_token()
-        ray.init(num_cpus=4, include_dashboard=False, logging_level="WARNING")
+        ray.init("local", num_cpus=4, include_dashboard=False, logging_level="WARNING")
         yield
         ray.shutdown()
