@@ -181,7 +181,7 @@ def test_groups_that_share_a_sentence_are_tied() -> None:
 
 def test_held_out_serves_the_rarest_language_first() -> None:
     sentences = collect_sentences(many_messages(100))
-    chosen = choose_held_out(sentences, 10, Random(0))  # noqa: S311
+    chosen = choose_held_out(sentences, 10, Random(0))
     assert len(chosen) == 10
     assert all(sentences.groups[position].langs == {"en", "de", "fr", "ru"} for position in chosen)
 

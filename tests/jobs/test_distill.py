@@ -14,18 +14,19 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from sentence_transformers import SentenceTransformer
+
 from embedlib.dataset import DistillationSet
 from embedlib.errors import ArtifactError
 from jobs.distill import DistillConfig, main
-from sentence_transformers import SentenceTransformer
 
 pytestmark = pytest.mark.ray
 
 REPOSITORY = Path(__file__).parents[2]
 WORDS = {
-    "en": "the open door of a small house near the river and an old green garden".split(),
-    "de": "die offene Tür eines kleinen Hauses am Fluss und ein alter grüner Garten".split(),
-    "ru": "открытая дверь маленького дома у реки и старый зелёный сад".split(),
+    "en": ["the", "open", "door", "of", "a", "small", "house", "near", "the", "river", "and", "an", "old", "green", "garden"],
+    "de": ["die", "offene", "Tür", "eines", "kleinen", "Hauses", "am", "Fluss", "und", "ein", "alter", "grüner", "Garten"],
+    "ru": ["открытая", "дверь", "маленького", "дома", "у", "реки", "и", "старый", "зелёный", "сад"],
 }
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+
 from embedlib.encoder import Encoder
 from embedlib.errors import ArtifactError
 from jobs.embed import EmbedConfig, embed, part_path, read_parts, write_part
