@@ -33,6 +33,15 @@ def all_gather_rows(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
     return joined, sum(sizes[: rank()])
 
 
+def all_reduce_max(value: int, device: torch.device) -> int:
+    """The largest `value` of all processes."""
+    if world_size() == 1:
+        return value
+    largest = torch.tensor(value, device=device)
+    distributed.all_reduce(largest, distributed.ReduceOp.MAX)
+    return int(largest)
+
+
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
     """Element-wise sum of `values` over all processes, in place."""
     if world_size() > 1:

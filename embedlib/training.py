@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import nn
 
 from embedlib.batching import TokenIds, pad, token_budget_batches
-from embedlib.collectives import all_gather_rows, rank, world_size
+from embedlib.collectives import all_gather_rows, all_reduce_max, rank, world_size
 from embedlib.config import Config
 from embedlib.losses import LossConfig, distillation_loss
 
@@ -150,7 +150,8 @@ def train_step(
     targets = batch.targets.to(device)
     gradient = None
     total_loss = 0.0
-    if loss.couples_rows and len(micro_batches) > 1:
+    # All processes must agree, or their exchanges would meet in different orders.
+    if loss.couples_rows and all_reduce_max(len(micro_batches), device) > 1:
         with torch.no_grad():
             own = torch.cat([embed(rows) for rows in micro_batches])[np.argsort(np.concatenate(micro_batches))]
         joined = joined_loss(own.requires_grad_(True), targets, batch.total_rows, loss)

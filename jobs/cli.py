@@ -28,6 +28,8 @@ def read_config(config_type: type[C], arguments: Sequence[str], default_run: Pat
         (config_type, BaseSettings),
         {
             "__doc__": config_type.__doc__,
+            # A variable of the environment that happens to be called `seed` or `output` is no option.
+            "settings_customise_sources": classmethod(lambda cls, settings_cls, init_settings, **_: (init_settings,)),
             "model_config": SettingsConfigDict(
                 cli_prog_name=f"python jobs/{Path(sys.argv[0]).name} [RUN.yaml]",
                 cli_implicit_flags=True,

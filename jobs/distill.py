@@ -368,7 +368,8 @@ def make_trained(config: DistillConfig, plan: Plan, student: Path, dataset: Path
         ),
         run_config=RunConfig(
             name="ray",
-            worker_runtime_env={"env_vars": {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}},  # prints every line twice
+            # Ray Train would print every line twice. (mypy sees the class of the older Ray Train.)
+            worker_runtime_env={"env_vars": {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}},  # type: ignore[call-arg]
             storage_path=str(run),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             failure_config=FailureConfig(max_failures=config.workers.max_failures),

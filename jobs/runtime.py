@@ -17,16 +17,14 @@ MAX_CPU_PROCESSES = 8
 def connect() -> None:
     """Join the cluster this job was submitted to, or start a local one with token authentication."""
     quiet()
-    if not os.environ.get("RAY_ADDRESS"):
-        require_token()
-    cpus = None if os.environ.get("RAY_ADDRESS") else max(MIN_LOCAL_CPUS, os.cpu_count() or 1)
-    ray.init(
-        num_cpus=cpus,
-        ignore_reinit_error=True,
-        include_dashboard=False,
-        log_to_driver=True,
-        logging_level=logging.WARNING,
-    )
+    if ray.is_initialized():
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level=logging.WARNING)
+        return
+    require_token()
+    cores = max(MIN_LOCAL_CPUS, os.cpu_count() or 1)
+    ray.init("local", num_cpus=cores, include_dashboard=False, logging_level=logging.WARNING)
 
 
 def require_token() -> None:

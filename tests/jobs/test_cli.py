@@ -53,7 +53,6 @@ def test_the_default_run_is_for_no_file_alone(run: Path, tmp_path: Path) -> None
     assert read_config(Outer, [str(tmp_path / "other.yaml")], run) == Outer(count=7)
 
 
-@pytest.mark.xfail(reason="pydantic-settings fills what is not given from the environment", strict=True)
 @pytest.mark.parametrize(("name", "value"), [("COUNT", "4"), ("WHERE", "/elsewhere"), ("inner", '{"rate": 0.7}')])
 def test_the_environment_decides_nothing(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)

@@ -24,9 +24,12 @@ pytestmark = pytest.mark.ray
 
 REPOSITORY = Path(__file__).parents[2]
 WORDS = {
-    "en": ["the", "open", "door", "of", "a", "small", "house", "near", "the", "river", "and", "an", "old", "green", "garden"],
-    "de": ["die", "offene", "Tür", "eines", "kleinen", "Hauses", "am", "Fluss", "und", "ein", "alter", "grüner", "Garten"],
-    "ru": ["открытая", "дверь", "маленького", "дома", "у", "реки", "и", "старый", "зелёный", "сад"],
+    lang: words.split()
+    for lang, words in {
+        "en": "the open door of a small house near the river and an old green garden",
+        "de": "die offene Tür eines kleinen Hauses am Fluss und ein alter grüner Garten",
+        "ru": "открытая дверь маленького дома у реки и старый зелёный сад",
+    }.items()
 }
 
 
