@@ -5,8 +5,8 @@
 Both sides start from the same student and see the same texts with the same labels in the same batches, with the same
 learning rate, schedule and optimiser, and both minimise the squared error to the teacher's vectors before
 normalisation (`MSELoss` takes its mean over dimensions, embedlib its sum; AdamW does not feel the factor). The trainer
-stands as its documentation shows it, in float32 and in bfloat16, and once more with embedlib's allocator settings, since
-what a page fault costs differs from machine to machine. Its dropout stays on: without it PyTorch picks a fused
+stands as its documentation shows it, in float32 and in bfloat16, and once more with embedlib's allocator settings,
+since what a page fault costs differs from machine to machine. Its dropout stays on: without it PyTorch picks a fused
 attention that is slower backwards on CPUs. Every run has a process of its own, variants take turns, and a rate leaves
 the first steps out.
 """
@@ -155,7 +155,7 @@ def main() -> None:
     # For the processes to come: the trainer would ask the hub about its model, and progress bars would cut the output.
     os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     settings = settings_of(options)
-    console = Console(width=110)
+    console = Console(width=120)
     with tempfile.TemporaryDirectory(prefix="embedlib-bench-") as folder:
         work = Path(folder)
         machine = in_fresh_process(describe_machine)
@@ -542,14 +542,14 @@ def rates_table(runs: Sequence[Run], settings: Settings, prepared: Mapping[str, 
     """Rates, what they come from, and losses, by variant."""
     table = Table(title=f"Distillation in batches of {settings.batch_size}, median of {settings.num_runs} run(s)")
     for column in ("variant", "samples/s", "ratio", "tokens a sample", "page faults a step", "MSE first → last"):
-        table.add_column(column, justify="left" if column == "variant" else "right")
+        table.add_column(column, justify="left" if column == "variant" else "right", no_wrap=True)
     rates = rates_of(runs, settings)
     for variant in VARIANTS:
         own, of_variant = rates[variant.name], [run for run in runs if run.variant == variant.name]
         first, last = ends_of([fmean(values) for values in zip(*(run.losses for run in of_variant), strict=True)])
         table.add_row(
             variant.name,
-            f"{median(own):,.1f} ({min(own):,.1f} – {max(own):,.1f})",
+            f"{median(own):,.1f} ({min(own):,.0f} – {max(own):,.0f})",
             f"{median(own) / median(rates[VARIANTS[0].name]):.2f}",
             f"{prepared['tokens_a_sample_with_padding'][variant.trainer]:.1f}",
             f"{median(page_faults_a_step(run.step_ends, settings) for run in of_variant):,.0f}",

@@ -39,4 +39,4 @@ for _ in $(seq 120); do
   sleep 0.5
 done
 ray job submit --working-dir . --log-style=record --log-color=false -- "$@" 2>&1 \
-  | grep --line-buffered -v -E ' (INFO|SUCC|WARNING) (cli|sdk|dashboard_sdk|packaging|working_dir|job_manager)\.py|core_worker\.cc|^ *$'
+  | grep --line-buffered -v -E '(INFO|SUCC|WARNING)[[:space:]](cli|sdk|dashboard_sdk|packaging|working_dir|job_manager)\.py|core_worker\.cc|^ *$'

@@ -73,16 +73,17 @@ def model_fingerprint(directory: Path) -> str:
 
 
 def refuse_pickled_weights(directory: Path) -> None:
-    """Raise ArtifactError where a model directory holds pickled weights and no safetensors."""
-    if next(directory.rglob("*.safetensors"), None) is not None:
-        return
+    """Raise ArtifactError where a module's folder holds pickled weights and no safetensors, or nothing has weights."""
     for pattern in FOREIGN_WEIGHTS:
         for path in directory.rglob(pattern):
+            if next(path.parent.glob("*.safetensors"), None) is not None:
+                continue
             raise ArtifactError(
                 f"model {directory}: weights are pickled ({path.name}), which can run code when loaded; "
                 "expected *.safetensors. Convert the model with save_pretrained(safe_serialization=True) first."
             )
-    raise ArtifactError(f"model {directory}: no *.safetensors weights found")
+    if next(directory.rglob("*.safetensors"), None) is None:
+        raise ArtifactError(f"model {directory}: no *.safetensors weights found")
 
 
 def read_manifest(directory: Path) -> Manifest | None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from pydantic import Field
 from tokenizers import Tokenizer
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from embedlib.compress.layers import (
     LayerChoice,
@@ -185,5 +185,11 @@ def write_student(
 ) -> None:
     """Write a plain sentence-transformers directory with the teacher's pooling and prompts."""
     write_body(directory, body)
-    write_tokenizer(directory, tokenizer, max_seq_length)
+    named = AutoTokenizer.from_pretrained(teacher_directory, local_files_only=True).special_tokens_map
+    special_tokens = {
+        role: token
+        for role, token in named.items()
+        if isinstance(token, str) and tokenizer.token_to_id(token) is not None
+    }
+    write_tokenizer(directory, tokenizer, max_seq_length, special_tokens)
     copy_head(teacher_directory, directory)

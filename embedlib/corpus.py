@@ -7,8 +7,9 @@ decided by the hash of its group or of itself, so that equal texts, and texts th
 import glob
 import hashlib
 import json
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,9 @@ READ_ROWS = 8192
 EXCERPT_CHARACTERS = 200
 SPLITS = ("train", "validation", "held_out")
 UNKNOWN_LANGUAGE = "und"
+LANGUAGE_TAG = re.compile("[A-Za-z0-9_-]{1,32}")
+MAX_GROUP = 2**63 - 1
+LEAK = "its text, or a translation of it, is in another split"
 
 
 class CorpusConfig(Config):
@@ -84,12 +88,14 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         kind = parquet.schema_arrow.field("text").type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise DataError(f"{path}: column 'text' is {kind}; expected string")
+        if "group" in names and not pa.types.is_integer(found := parquet.schema_arrow.field("group").type):
+            raise DataError(f"{path}: column 'group' is {found}; expected integers (pandas: Int64, which may be null)")
         position = 0
         wanted = [name for name in ("text", "lang", "group") if name in names]
         for batch in parquet.iter_batches(READ_ROWS, columns=wanted):
             # As bytes, because a string column may hold bytes that are not UTF-8.
             raw = batch.column("text").cast(pa.large_binary()).to_pylist()
-            langs = batch.column("lang").to_pylist() if "lang" in names else [None] * len(raw)
+            langs = batch.column("lang").cast(pa.large_binary()).to_pylist() if "lang" in names else [None] * len(raw)
             groups = batch.column("group").to_pylist() if "group" in names else [None] * len(raw)
             for content, lang, group in zip(raw, langs, groups, strict=True):
                 yield _row(position, content, lang, group)
@@ -105,14 +111,14 @@ def _read_json_lines(path: Path) -> Iterator[Row]:
             for position, line in enumerate(lines):
                 try:
                     record = json.loads(line)
-                except (UnicodeDecodeError, json.JSONDecodeError) as error:
+                except (ValueError, RecursionError) as error:
                     reason = "invalid UTF-8" if isinstance(error, UnicodeDecodeError) else "not JSON"
                     yield Row(
                         position, line[: EXCERPT_CHARACTERS * 4].decode(errors="replace"), UNKNOWN_LANGUAGE, -1, reason
                     )
                     continue
                 if not isinstance(record, dict) or "text" not in record:
-                    yield Row(position, str(record), UNKNOWN_LANGUAGE, -1, "no 'text'")
+                    yield Row(position, _printable(str(record)), UNKNOWN_LANGUAGE, -1, "no 'text'")
                     continue
                 has_text = True
                 text = record["text"]
@@ -125,17 +131,23 @@ def _read_json_lines(path: Path) -> Iterator[Row]:
 
 
 def _row(position: int, content: Any, lang: Any, group: Any) -> Row:
-    lang = lang if isinstance(lang, str) and lang else UNKNOWN_LANGUAGE
-    group = group if isinstance(group, int) else -1
+    lang = lang.decode(errors="replace") if isinstance(lang, bytes) else lang
+    lang = lang if isinstance(lang, str) and LANGUAGE_TAG.fullmatch(lang) else UNKNOWN_LANGUAGE
+    group = group if isinstance(group, int) and 0 <= group <= MAX_GROUP else -1
     if content is None:
         return Row(position, "", lang, group, "null")
     if not isinstance(content, bytes):
-        return Row(position, str(content), lang, group, f"'text' is {type(content).__name__}")
+        return Row(position, _printable(str(content)), lang, group, f"'text' is {type(content).__name__}")
     try:
         text = normalize("NFC", content.decode()).strip()
     except UnicodeDecodeError:
         return Row(position, content[: EXCERPT_CHARACTERS * 4].decode(errors="replace"), lang, group, "invalid UTF-8")
     return Row(position, text, lang, group, "" if text else "empty")
+
+
+def _printable(text: str) -> str:
+    """`text` without the lone surrogates that JSON can bring and Parquet cannot hold."""
+    return text.encode(errors="replace").decode()
 
 
 def split_corpus(config: CorpusConfig, directory: Path, seed: int = 0) -> dict[str, Any]:
@@ -167,6 +179,10 @@ def split_corpus(config: CorpusConfig, directory: Path, seed: int = 0) -> dict[s
                 sinks[split].add((counts[split], row.text, row.lang, row.group))
                 counts[split] += 1
                 languages[row.lang] += 1
+    for split, others in (("validation", ("held_out",)), ("train", ("held_out", "validation"))):
+        if leaks := _quarantine_leaks(directory, split, others):
+            counts[split] -= leaks
+            reasons[LEAK] += leaks
     if silent := [language for language in config.languages if not languages[language]]:
         raise DataError(f"corpus.languages: {silent}: no text in {config.path!r}; it has {sorted(languages)}")
     if empty := [name for name in SPLITS if not counts[name]]:
@@ -175,6 +191,47 @@ def split_corpus(config: CorpusConfig, directory: Path, seed: int = 0) -> dict[s
             f"(quarantined: {dict(reasons)}); give more text or raise corpus.validation_share and held_out_share"
         )
     return {"splits": dict(counts), "sentences_by_language": dict(languages), "quarantined": dict(reasons)}
+
+
+def _quarantine_leaks(directory: Path, split: str, others: Sequence[str]) -> int:
+    """Move rows out of `split` whose text, or a translation of it, is in one of the others; return how many.
+
+    Groups decide the split, and a text can be in two of them.
+    """
+    held = {
+        _text_key(text)
+        for name in others
+        for batch in pq.ParquetFile(directory / f"{name}.parquet").iter_batches(READ_ROWS, columns=["text"])
+        for text in batch["text"].to_pylist()
+    }
+    leaky, clean = directory / f"{split}.parquet", directory / f"{split}.clean.parquet"
+    rows = [row for row in _rows_of(leaky) if _text_key(row[1]) in held]
+    if not rows:
+        return 0
+    ids, groups = {row[0] for row in rows}, {row[3] for row in rows if row[3] >= 0}
+    old = pq.read_table(directory / "quarantine.parquet").to_pylist()
+    count = kept = 0
+    with _Sink(clean, CORPUS) as sink, _Sink(directory / "quarantine.parquet", QUARANTINE) as quarantine:
+        for row in old:
+            quarantine.add(tuple(row.values()))
+        for number, text, lang, group in _rows_of(leaky):
+            if number in ids or group in groups:
+                quarantine.add((split, number, LEAK, text[:EXCERPT_CHARACTERS]))
+                count += 1
+            else:
+                sink.add((kept, text, lang, group))
+                kept += 1
+    clean.replace(leaky)
+    return count
+
+
+def _rows_of(path: Path) -> Iterator[tuple[int, str, str, int]]:
+    for batch in pq.ParquetFile(path).iter_batches(READ_ROWS):
+        yield from zip(*(batch[name].to_pylist() for name in ("id", "text", "lang", "group")), strict=True)
+
+
+def _text_key(text: str) -> bytes:
+    return hashlib.blake2b(text.casefold().encode(), digest_size=8).digest()
 
 
 def _split_of(row: Row, config: CorpusConfig, seed: int) -> str:

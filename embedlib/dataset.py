@@ -4,14 +4,15 @@ Parquet is for streaming; a random batch of 512 rows needs an array. Tokens lie 
 another, vectors in a third, so that a corpus of any size costs a process no memory beyond the pages it touches.
 """
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from numpy.lib.format import open_memmap
+from numpy.lib.format import open_memmap as open_sparse_memmap
 
 from embedlib.batching import TokenIds
 from embedlib.errors import DataError
@@ -54,23 +55,32 @@ class DistillationSet(NamedTuple):
         return tokens, torch.from_numpy(self.vectors[rows].astype(np.float32))
 
 
+def new_array(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """A new array file mapped for writing, its blocks reserved: a full disk is an OSError here, not a SIGBUS later."""
+    array: npt.NDArray[Any] = open_sparse_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
+
+
 def write_tokens(directory: Path, num_samples: int, batches: Iterable[Sequence[TokenIds]]) -> None:
     """Write token ids that arrive in sample order, in batches, without holding them all."""
-    offsets = open_memmap(directory / OFFSETS, mode="w+", dtype=np.int64, shape=(num_samples + 1,))
+    offsets = new_array(directory / OFFSETS, np.int64, (num_samples + 1,))
     row = 0
     raw = directory / "tokens.raw"
     with raw.open("wb") as file:
         for batch in batches:
             for sequence in batch:
+                if row == num_samples:
+                    raise DataError(f"{directory}: got more than {num_samples} token sequences; expected {num_samples}")
                 sequence.astype(np.int32).tofile(file)
                 offsets[row + 1] = offsets[row] + len(sequence)
                 row += 1
     if row != num_samples:
         raise DataError(f"{directory}: got {row} token sequences; expected {num_samples}")
-    offsets.flush()
-    tokens = open_memmap(directory / TOKENS, mode="w+", dtype=np.int32, shape=(int(offsets[-1]),))
+    tokens = new_array(directory / TOKENS, np.int32, (int(offsets[-1]),))
     tokens[:] = np.memmap(raw, dtype=np.int32, mode="r")
-    tokens.flush()
     raw.unlink()
 
 
@@ -81,7 +91,7 @@ def write_vectors(
     batches: Iterable[tuple[npt.NDArray[np.int64], npt.NDArray[np.float16]]],
 ) -> None:
     """Write teacher vectors that arrive as (ids, rows) in any order; DataError unless every id comes exactly once."""
-    vectors = open_memmap(directory / VECTORS, mode="w+", dtype=np.float16, shape=(num_samples, dim))
+    vectors = new_array(directory / VECTORS, np.float16, (num_samples, dim))
     seen = np.zeros(num_samples, dtype=np.int64)
     for ids, rows in batches:
         vectors[ids] = rows
@@ -91,4 +101,3 @@ def write_vectors(
         raise DataError(
             f"{directory}: teacher vectors of {num_samples} samples: {missing} missing, {repeated} repeated"
         )
-    vectors.flush()

@@ -29,9 +29,9 @@ from embedlib.training import (
     train_step,
 )
 
-CPU_MICRO_BATCH_TOKENS = 2048
+CPU_MICRO_BATCH_TOKENS = 1536
 CUDA_MICRO_BATCH_TOKENS = 65536
-RATE_STEPS = 4
+WARM_UP_STEPS, RATE_STEPS = 4, 4
 
 
 class DistillationConfig(Config):
@@ -102,8 +102,10 @@ def distil(state: TrainState, dataset: DistillationSet, config: DistillationConf
 
 
 def resolve_dtype(config: DistillationConfig, device: torch.device) -> torch.dtype:
-    """The arithmetic that `auto` stands for on this device."""
-    return fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
+    """The arithmetic that `auto` stands for on this device; never float16, whose gradients would need scaling."""
+    if config.dtype == "auto":
+        return torch.bfloat16 if fast_dtype(device) == torch.bfloat16 else torch.float32
+    return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
 
 
 @torch.inference_mode()
@@ -140,10 +142,11 @@ def measure_rates(teacher: Encoder, student: Path, texts: Sequence[str], config:
 
     model = load_student(student, teacher.device)
     dataset = DistillationSet.of(Encoder(model.model).tokenise(texts), vectors)
-    batch_size = min(config.batch_size, max(1, len(texts) // (RATE_STEPS + 1)))
+    batch_size = min(config.batch_size, max(1, len(texts) // (WARM_UP_STEPS + RATE_STEPS)))
     config = config.model_copy(update={"epochs": 1, "batch_size": batch_size})
     steps = distil(new_state(model, len(dataset), config), dataset, config, teacher.pad_id)
-    next(steps)
+    for _ in zip(range(min(WARM_UP_STEPS, len(dataset) // RATE_STEPS)), steps, strict=False):
+        pass  # likewise; a handful of texts has no step to spare
     start = time.perf_counter()
     num_samples = sum(len(step.ids) for step in steps)
     return Rates(teacher_rate, num_samples / (time.perf_counter() - start))

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ SPECIAL_TOKENS = {
 
 def write_body(directory: Path, body: PreTrainedModel) -> None:
     """Write weights and config; a body without pooler says so, so that loading it does not invent one."""
-    body.save_pretrained(directory)
+    with disk_errors(directory):
+        body.save_pretrained(directory)
     has_pooler = getattr(body, "pooler", None) is not None
     write_json(
         directory / "sentence_bert_config.json", {} if has_pooler else {"model_args": {"add_pooling_layer": False}}
@@ -33,12 +36,13 @@ def write_tokenizer(
     """Write a fast tokenizer under the one class that keeps it as it is.
 
     Model-specific classes rebuild the tokenizer from its pieces and so switch byte fallback off (XLM-R) or take it
-    for WordPiece (`model_type: bert`). A special token typed in a text is text, so that nobody can end a sequence
-    from within.
+    for WordPiece (`model_type: bert`). A special token typed in a text is not to be taken for one; an unpruned Unigram
+    model still is free to, since its pieces include the special tokens.
     """
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    tokenizer.save(str(directory / "tokenizer.json"))
+    with disk_errors(directory):
+        tokenizer.save(str(directory / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_seq_length,
@@ -77,6 +81,17 @@ def copy_head(source: Path, directory: Path) -> None:
     for name in ("modules.json", "config_sentence_transformers.json"):
         if (source / name).is_file():
             shutil.copy(source / name, directory / name)
+
+
+@contextmanager
+def disk_errors(directory: Path) -> Iterator[None]:
+    """Raise what safetensors and tokenizers raise when they cannot write, as the OSError it is."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # tokenizers raises plain Exception
+        raise OSError(f"{directory}: {error}") from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,12 +1,13 @@
 """One process' view of training: the state, the order of samples, the schedule and one optimiser step.
 
 The arithmetic does not depend on how a batch is cut: a batch of samples split into micro-batches, or over processes,
-gives the gradient of the whole batch. Vectors coupled by the loss (a Gram term) are first embedded without gradient,
-then once more with it, as in GradCache (Gao et al. 2021, arXiv:2101.06983).
+gives the gradient of the whole batch. Where the loss couples the vectors (a Gram term) and the batch is too large for
+one graph, they are embedded without gradient, then once more with it, as in GradCache (Gao et al. 2021,
+arXiv:2101.06983).
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,6 +23,8 @@ from embedlib.collectives import all_gather_rows, all_reduce_max, rank, world_si
 from embedlib.config import Config
 from embedlib.losses import LossConfig, distillation_loss
 
+# Up to so many padded tokens of a process a coupled loss keeps the graph of its whole batch.
+WHOLE_GRAPH_TOKENS = 16384
 NO_DECAY = ("bias", "LayerNorm.weight", "layer_norm.weight")
 
 
@@ -148,27 +151,14 @@ def train_step(
         return vectors.float()
 
     targets = batch.targets.to(device)
-    gradient = None
-    total_loss = 0.0
+    padded_tokens = sum(len(rows) * int(lengths[rows].max()) for rows in micro_batches)
+    if not loss.couples_rows:
+        total_loss = _backward_by_row(state.model, embed, micro_batches, targets, batch.total_rows, loss)
     # All processes must agree, or their exchanges would meet in different orders.
-    if loss.couples_rows and all_reduce_max(len(micro_batches), device) > 1:
-        with torch.no_grad():
-            own = torch.cat([embed(rows) for rows in micro_batches])[np.argsort(np.concatenate(micro_batches))]
-        joined = joined_loss(own.requires_grad_(True), targets, batch.total_rows, loss)
-        (gradient,) = torch.autograd.grad(joined.whole, own)
-        total_loss = joined.own_part
-    for index, rows in enumerate(micro_batches):
-        with _gradients_held_back(state.model, unless=index == len(micro_batches) - 1):
-            vectors = embed(rows)
-            if gradient is not None:
-                scalar = (vectors * gradient[rows]).sum()
-            elif loss.couples_rows:
-                scalar, total_loss = joined_loss(vectors, targets[rows], batch.total_rows, loss)
-            else:
-                scalar = distillation_loss(vectors, targets[rows], loss).sum() / batch.total_rows
-                total_loss += scalar.item()
-            # DistributedDataParallel averages over processes; the rows' losses are to be added up.
-            (scalar * world_size()).backward()
+    elif all_reduce_max(padded_tokens, device) <= WHOLE_GRAPH_TOKENS:
+        total_loss = _backward_whole(state.model, embed, micro_batches, targets, batch.total_rows, loss)
+    else:
+        total_loss = _backward_twice(state.model, embed, micro_batches, targets, batch.total_rows, loss)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(state.step, state.total_steps, state.config)
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), state.config.max_grad_norm)
@@ -176,6 +166,70 @@ def train_step(
     state.optimizer.zero_grad()
     state.step += 1
     return StepResult(total_loss, int(lengths.sum()), float(norm))
+
+
+Embed = Callable[[npt.NDArray[np.int64]], torch.Tensor]
+MicroBatches = list[npt.NDArray[np.int64]]
+
+
+def _backward_by_row(
+    model: nn.Module,
+    embed: Embed,
+    micro_batches: MicroBatches,
+    targets: torch.Tensor,
+    total_rows: int,
+    loss: LossConfig,
+) -> float:
+    """Forward and backward of one micro-batch after another."""
+    total = 0.0
+    for index, rows in enumerate(micro_batches):
+        with _gradients_held_back(model, unless=index == len(micro_batches) - 1):
+            scalar = distillation_loss(embed(rows), targets[rows], loss).sum() / total_rows
+            # DistributedDataParallel averages over processes; the rows' losses are to be added up.
+            (scalar * world_size()).backward()
+            total += scalar.item()
+    return total
+
+
+def _backward_whole(
+    model: nn.Module,
+    embed: Embed,
+    micro_batches: MicroBatches,
+    targets: torch.Tensor,
+    total_rows: int,
+    loss: LossConfig,
+) -> float:
+    """All forwards, then one backward: quickest where the activations of the batch fit into memory."""
+    parts = []
+    for index, rows in enumerate(micro_batches):
+        with _gradients_held_back(model, unless=index == len(micro_batches) - 1):
+            parts.append(embed(rows))
+    joined = joined_loss(_in_batch_order(parts, micro_batches), targets, total_rows, loss)
+    (joined.whole * world_size()).backward()
+    return joined.own_part
+
+
+def _backward_twice(
+    model: nn.Module,
+    embed: Embed,
+    micro_batches: MicroBatches,
+    targets: torch.Tensor,
+    total_rows: int,
+    loss: LossConfig,
+) -> float:
+    """GradCache: all vectors without gradient, the loss's gradient by them, then each micro-batch again with it."""
+    with torch.no_grad():
+        own = _in_batch_order([embed(rows) for rows in micro_batches], micro_batches)
+    joined = joined_loss(own.requires_grad_(True), targets, total_rows, loss)
+    (gradient,) = torch.autograd.grad(joined.whole, own)
+    for index, rows in enumerate(micro_batches):
+        with _gradients_held_back(model, unless=index == len(micro_batches) - 1):
+            ((embed(rows) * gradient[rows]).sum() * world_size()).backward()
+    return joined.own_part
+
+
+def _in_batch_order(parts: list[torch.Tensor], micro_batches: MicroBatches) -> torch.Tensor:
+    return torch.cat(parts)[np.argsort(np.concatenate(micro_batches))]
 
 
 class JoinedLoss(NamedTuple):

@@ -54,7 +54,7 @@ def read_run(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigError(f"run file {path}: cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"run file {path}: not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"run file {path}: holds {type(values).__name__}; expected a mapping of keys to values")

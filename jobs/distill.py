@@ -65,14 +65,14 @@ from embedlib.distillation import (
     validation_cosine,
 )
 from embedlib.encoder import Encoder, body_of, with_prompts
-from embedlib.errors import ArtifactError
+from embedlib.errors import ArtifactError, ConfigError
 from embedlib.evaluation.comparison import HeldOut, Paths, compare, draw
 from embedlib.evaluation.report import Report, Training, print_table, read_report, render_html, write_json
 from embedlib.pretrained import EMBEDDED_TEACHER, EMBEDDED_TEACHER_NAME, pretrained_directory
 from embedlib.training import TrainState
 from embedlib.wheels import cache_directory
 from jobs.embed import EmbedConfig, embed, read_parts
-from jobs.runtime import Progress, artifacts_directory, connect, cpu_processes, format_seconds, num_gpus, quiet
+from jobs.runtime import Progress, artifacts_directory, connect, format_seconds, num_gpus, quiet
 
 DEMO_RUN = Path(__file__).parent / "runs" / "demo.yaml"
 WEIGHTS, STATE = "model.safetensors", "state.pt"
@@ -86,7 +86,7 @@ class WorkersConfig(Config):
     """How the steps are spread over the cluster and kept safe."""
 
     num_workers: int | None = Field(default=None, ge=1)
-    """Training processes; none: one a GPU, or where there are none one a core, at most 8."""
+    """Training processes; none: one a GPU, or one with all cores of a node where there are none."""
     validate_every: int = Field(default=200, ge=1)
     """Steps between two validations."""
     checkpoint_every: int = Field(default=200, ge=1)
@@ -358,11 +358,17 @@ def make_trained(config: DistillConfig, plan: Plan, student: Path, dataset: Path
     log.mkdir(parents=True, exist_ok=True)
     job = TrainJob(student=student, dataset=dataset, log=log, distillation=distillation, workers=config.workers)
     gpus = num_gpus()
+    num_workers = config.workers.num_workers or gpus or 1
+    if distillation.batch_size < num_workers or plan.num_texts < num_workers:
+        raise ConfigError(
+            f"workers.num_workers: {num_workers}; expected at most distillation.batch_size "
+            f"({distillation.batch_size}) and the number of texts ({plan.num_texts})"
+        )
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=job.model_dump(mode="json"),
         scaling_config=ScalingConfig(
-            num_workers=config.workers.num_workers or gpus or cpu_processes(),
+            num_workers=num_workers,
             use_gpu=gpus > 0,
             resources_per_worker={"CPU": 1, **({"GPU": 1} if gpus else {})},
         ),

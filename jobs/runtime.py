@@ -74,23 +74,24 @@ class Progress:
     def __init__(self, what: str, total: int, unit: str, every_s: float = 10.0) -> None:
         self.what, self.total, self.unit, self.every_s = what, total, unit, every_s
         self.start = self.last = time.monotonic()
-        self.first = 0
-        self.done = 0
+        self.first: int | None = None
 
     def update(self, done: int, note: str = "") -> None:
-        """Say that `done` of the total are done, if the last line is old enough or all is done."""
-        if not self.done:
-            self.first = done
-        self.done = done
+        """Say that `done` of the total are done, if the last line is old enough or all is done.
+
+        The clock starts with the first call, so that loading a model does not count as slowness.
+        """
         now = time.monotonic()
+        if self.first is None:
+            self.first, self.start, self.last = done, now, now
         if now - self.last < self.every_s and done < self.total:
             return
         self.last = now
-        rate = max(done - self.first, 1) / max(now - self.start, 1e-9)
-        left = (self.total - done) / rate
+        rate = (done - self.first) / max(now - self.start, 1e-9)
+        left = format_seconds((self.total - done) / rate) if rate else "?"
         print(
             f"{self.what}: {100 * done / max(self.total, 1):3.0f}% · {done:,}/{self.total:,} {self.unit} · "
-            f"{rate:,.0f} {self.unit}/s · {format_seconds(left)} left{' · ' + note if note else ''}",
+            f"{rate:,.1f} {self.unit}/s · {left} left{' · ' + note if note else ''}",
             flush=True,
         )
 

@@ -40,6 +40,11 @@ class LayerScore(NamedTuple):
     spearman: float
     """Rank correlation between the two models' similarities over pairs of texts."""
 
+    @property
+    def agreement(self) -> float:
+        """What choices are ranked by: either alone picks students that are far off in the other."""
+        return self.cosine * self.spearman
+
 
 class LayerChoice(NamedTuple):
     """The scored choices, best first."""
@@ -48,7 +53,7 @@ class LayerChoice(NamedTuple):
 
     @property
     def best(self) -> Layers:
-        """The choice whose similarities rank pairs most as the teacher's do."""
+        """The choice that agrees most with the teacher."""
         return next(iter(self.scores))
 
 
@@ -107,25 +112,26 @@ def usual_candidates(num_teacher_layers: int, num_layers: int) -> list[Layers]:
 
 
 def choose_layers(num_teacher_layers: int, config: LayerConfig, score: Callable[[Layers], LayerScore]) -> LayerChoice:
-    """Score the usual and the given candidates, and the greedy drop's end; best rank agreement first."""
+    """Score the usual and the given candidates, and the greedy drop's end; best agreement first."""
     candidates = usual_candidates(num_teacher_layers, config.num_layers)
     for layers in config.candidates:
-        if len(layers) != config.num_layers or not set(layers) <= set(range(num_teacher_layers)):
+        ascending = list(layers) == sorted(set(layers))
+        if len(layers) != config.num_layers or not ascending or not set(layers) <= set(range(num_teacher_layers)):
             raise ConfigError(
-                f"layers.candidates: {list(layers)}; expected {config.num_layers} layers, "
+                f"layers.candidates: {list(layers)}; expected {config.num_layers} layers in ascending order, "
                 f"each from 0 to {num_teacher_layers - 1}"
             )
         candidates.append(tuple(layers))
     if config.greedy:
         candidates.append(greedy_drop(num_teacher_layers, config.num_layers, score))
     scores = {layers: score(layers) for layers in dict.fromkeys(candidates)}
-    return LayerChoice(dict(sorted(scores.items(), key=lambda item: -item[1].spearman)))
+    return LayerChoice(dict(sorted(scores.items(), key=lambda item: -item[1].agreement)))
 
 
 def greedy_drop(num_teacher_layers: int, num_layers: int, score: Callable[[Layers], LayerScore]) -> Layers:
-    """Drop one layer at a time, always the one without which the rank agreement stays highest."""
+    """Drop one layer at a time, always the one without which the agreement stays highest."""
     layers = tuple(range(num_teacher_layers))
     while len(layers) > num_layers:
         shorter = [layers[:index] + layers[index + 1 :] for index in range(len(layers))]
-        layers = max(shorter, key=lambda choice: score(choice).spearman)
+        layers = max(shorter, key=lambda choice: score(choice).agreement)
     return layers

@@ -179,7 +179,6 @@ def test_a_directory_without_weights_or_modules_is_refused(model: Path, tmp_path
         model_fingerprint(tmp_path)
 
 
-@pytest.mark.xfail(reason="refuse_pickled_weights is content with one safetensors file anywhere", strict=True)
 def test_a_pickled_module_beside_safetensors_is_refused(model: Path) -> None:
     (model / "2_Dense").mkdir()
     torch.save({}, model / "2_Dense" / "pytorch_model.bin")

@@ -51,12 +51,6 @@ def test_no_file_in_jobs_shadows_a_library(copied: Path, tmp_path: Path, job: Pa
     assert_help(run(copied / "jobs" / job.name, "--help", where=tmp_path, on_path=copied), job)
 
 
-@pytest.mark.xfail(reason="jobs is found only if installed or on PYTHONPATH", strict=False)
-def test_a_job_runs_where_nothing_is_installed(copied: Path, tmp_path: Path) -> None:
-    job = copied / "jobs" / "embed.py"
-    assert_help(run(job, "--help", where=tmp_path), job)
-
-
 def test_the_shadows_would_be_met_otherwise(copied: Path, tmp_path: Path) -> None:
     (copied / "jobs" / "careless.py").write_text("import evaluate\n")
     found = run(copied / "jobs" / "careless.py", where=tmp_path)

@@ -96,7 +96,6 @@ def test_impossible_candidates_are_refused(candidate: Layers) -> None:
         choose_layers(12, LayerConfig(num_layers=4, candidates=[candidate]), worth)
 
 
-@pytest.mark.xfail(reason="a layer taken twice would be one layer with tied weights", strict=True)
 @pytest.mark.parametrize("candidate", [(3, 3, 3, 3), (11, 7, 3, 0)])
 def test_repeated_and_unordered_candidates_are_refused(candidate: Layers) -> None:
     with pytest.raises(ConfigError, match=r"layers\.candidates"):
