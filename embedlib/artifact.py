@@ -66,10 +66,15 @@ def hash_files(directory: Path) -> dict[str, str]:
 
 def model_fingerprint(directory: Path) -> str:
     """SHA-256 over the files that decide a sentence-transformers directory's vectors; our manifest is not one."""
+    require_model(directory)
+    return fingerprint(files={k: v for k, v in hash_files(directory).items() if k.endswith(MODEL_SUFFIXES)})
+
+
+def require_model(directory: Path) -> None:
+    """Raise ArtifactError unless `directory` is a sentence-transformers directory whose weights are all safetensors."""
     if not (directory / "modules.json").is_file():
         raise ArtifactError(f"model {directory}: no modules.json; expected a sentence-transformers directory")
     refuse_pickled_weights(directory)
-    return fingerprint(files={k: v for k, v in hash_files(directory).items() if k.endswith(MODEL_SUFFIXES)})
 
 
 def refuse_pickled_weights(directory: Path) -> None:

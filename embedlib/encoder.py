@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedModel
 
-from embedlib.artifact import model_fingerprint
+from embedlib.artifact import require_model
 from embedlib.batching import TokenIds, pad, token_budget_batches
 from embedlib.errors import ConfigError
 
@@ -92,7 +92,7 @@ class Encoder:
     @classmethod
     def load(cls, directory: Path, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
         """Load a sentence-transformers directory of safetensors weights; `dtype` defaults to the fast one."""
-        model_fingerprint(directory)  # refuses what is not one, or pickled
+        require_model(directory)
         device = device or default_device()
         model = SentenceTransformer(str(directory), device=str(device), trust_remote_code=False, local_files_only=True)
         return cls(model, dtype or fast_dtype(device))

