@@ -29,7 +29,7 @@ from embedlib.encoder import Encoder, body_of, with_prompts
 from embedlib.metrics import mean_cosine, similarity_spearman
 from embedlib.model_directory import copy_head, write_body, write_tokenizer
 
-BYTE_PROBE_TEXTS = 200
+BYTE_SEARCH_TEXTS, BYTE_PROBE_TEXTS = 20_000, 200
 
 
 class CompressionConfig(Config):
@@ -173,10 +173,11 @@ def choose_rows(
 
 def byte_probe(old: Tokenizer, new: Tokenizer, pool: Sequence[str]) -> list[str]:
     """Texts that `new` spells with bytes: real ones of `pool` first, then ones with a lost character put into them."""
-    probe = [pool[index] for index in fallback_texts(old, new, pool)][:BYTE_PROBE_TEXTS]
+    random = Random(0)
+    searched = random.sample(pool, min(len(pool), BYTE_SEARCH_TEXTS))
+    probe = [searched[index] for index in fallback_texts(old, new, searched)][:BYTE_PROBE_TEXTS]
     lost = [text for text in read_pieces(old).texts if len(text) == 1 and new.token_to_id(text) is None]
     missing = min(BYTE_PROBE_TEXTS - len(probe), len(pool)) if lost else 0
-    random = Random(0)
     return probe + [f"{text} {random.choice(lost)}" for text in random.sample(pool, missing)] or list(pool[:1])
 
 
