@@ -72,13 +72,15 @@ def model_fingerprint(directory: Path) -> str:
 
 def require_model(directory: Path) -> None:
     """Raise ArtifactError unless `directory` is a sentence-transformers directory whose weights are all safetensors."""
+    refuse_pickled_weights(directory)
     if not (directory / "modules.json").is_file():
         raise ArtifactError(f"model {directory}: no modules.json; expected a sentence-transformers directory")
-    refuse_pickled_weights(directory)
+    if next(directory.rglob("*.safetensors"), None) is None:
+        raise ArtifactError(f"model {directory}: no *.safetensors weights found")
 
 
 def refuse_pickled_weights(directory: Path) -> None:
-    """Raise ArtifactError where a module's folder holds pickled weights and no safetensors, or nothing has weights."""
+    """Raise ArtifactError where a module's folder holds pickled weights and no safetensors."""
     for pattern in FOREIGN_WEIGHTS:
         for path in directory.rglob(pattern):
             if next(path.parent.glob("*.safetensors"), None) is not None:
@@ -87,8 +89,6 @@ def refuse_pickled_weights(directory: Path) -> None:
                 f"model {directory}: weights are pickled ({path.name}), which can run code when loaded; "
                 "expected *.safetensors. Convert the model with save_pretrained(safe_serialization=True) first."
             )
-    if next(directory.rglob("*.safetensors"), None) is None:
-        raise ArtifactError(f"model {directory}: no *.safetensors weights found")
 
 
 def read_manifest(directory: Path) -> Manifest | None:

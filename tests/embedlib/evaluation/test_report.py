@@ -19,6 +19,7 @@ HOSTILE = "</title><script src='https://evil.example/x.js'>[bold]&"
 
 def example(**changes: Any) -> Report:
     values: dict[str, Any] = {
+        "fingerprint": "0123abcd",
         "teacher": {
             "name": "large",
             "params": 117_500_000,
@@ -119,7 +120,7 @@ def test_the_page_stands_alone_and_tells_every_number(plots: dict[str, str]) -> 
     words = (
         "large small 117.5 13.2 470.1 52.9 250,037 15,424 384 0.07 1.31 2.3 2.5× 8.9× 212 530 0.951 0.902 0.712 0.433"
     )
-    words += " 93.0 20.0 86.2 96.0 77.5 de ja 71.2 69.3 21.4 240.7 262.1 0.1234 256 float32 92.7"
+    words += " 93.0 20.0 86.2 96.0 77.5 de ja 71.2 69.3 21.4 240.7 262.1 0.1234 256 float32 0.90"
     for word in words.split():
         assert word in page.text
     assert "0, 3, 7, 11" in page.text
