@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -31,7 +32,7 @@ from embedlib.training import (
 
 CPU_MICRO_BATCH_TOKENS = 1536
 CUDA_MICRO_BATCH_TOKENS = 65536
-WARM_UP_STEPS, RATE_STEPS = 4, 4
+TEACHER_RUNS, WARM_UP_STEPS, RATE_STEPS = 2, 8, 9
 
 
 class DistillationConfig(Config):
@@ -135,21 +136,24 @@ class Rates(NamedTuple):
 def measure_rates(teacher: Encoder, student: Path, texts: Sequence[str], config: DistillationConfig) -> Rates:
     """The rates of teacher vectors and of training steps on `texts` (prompts included), model loading excluded."""
     tokens = teacher.tokenise(texts)
-    teacher.encode_tokens(tokens[: len(tokens) // 4])  # the first forwards pay for allocations
-    start = time.perf_counter()
-    vectors = teacher.encode_tokens(tokens, normalise=False).astype(np.float16)
-    teacher_rate = len(texts) / (time.perf_counter() - start)
+    seconds = []
+    for _ in range(TEACHER_RUNS):
+        start = time.perf_counter()
+        vectors = teacher.encode_tokens(tokens, normalise=False).astype(np.float16)
+        seconds.append(time.perf_counter() - start)
 
     model = load_student(student, teacher.device)
     dataset = DistillationSet.of(Encoder(model.model).tokenise(texts), vectors)
-    batch_size = min(config.batch_size, max(1, len(texts) // (WARM_UP_STEPS + RATE_STEPS)))
-    config = config.model_copy(update={"epochs": 1, "batch_size": batch_size})
-    steps = distil(new_state(model, len(dataset), config), dataset, config, teacher.pad_id)
-    for _ in zip(range(min(WARM_UP_STEPS, len(dataset) // RATE_STEPS)), steps, strict=False):
-        pass  # likewise; a handful of texts has no step to spare
+    config = config.model_copy(update={"batch_size": min(config.batch_size, len(texts))})
+    state = new_state(model, len(dataset), config)
+    state.total_steps = WARM_UP_STEPS + RATE_STEPS
+    rates = []
     start = time.perf_counter()
-    num_samples = sum(len(step.ids) for step in steps)
-    return Rates(teacher_rate, num_samples / (time.perf_counter() - start))
+    for step in distil(state, dataset, config, teacher.pad_id):
+        rates.append(len(step.ids) / (time.perf_counter() - start))
+        start = time.perf_counter()
+    # The first runs pay for allocations.
+    return Rates(len(texts) / min(seconds), median(rates[WARM_UP_STEPS:]))
 
 
 class Plan(NamedTuple):
