@@ -8,7 +8,7 @@ arXiv:2101.06983).
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -182,12 +182,11 @@ def _backward_by_row(
 ) -> float:
     """Forward and backward of one micro-batch after another."""
     total = 0.0
-    for index, rows in enumerate(micro_batches):
-        with _gradients_held_back(model, unless=index == len(micro_batches) - 1):
-            scalar = distillation_loss(embed(rows), targets[rows], loss).sum() / total_rows
-            # DistributedDataParallel averages over processes; the rows' losses are to be added up.
-            (scalar * world_size()).backward()
-            total += scalar.item()
+    for rows in _exchanging_last(model, micro_batches):
+        scalar = distillation_loss(embed(rows), targets[rows], loss).sum() / total_rows
+        # DistributedDataParallel averages over processes; the rows' losses are to be added up.
+        (scalar * world_size()).backward()
+        total += scalar.item()
     return total
 
 
@@ -200,10 +199,7 @@ def _backward_whole(
     loss: LossConfig,
 ) -> float:
     """All forwards, then one backward: quickest where the activations of the batch fit into memory."""
-    parts = []
-    for index, rows in enumerate(micro_batches):
-        with _gradients_held_back(model, unless=index == len(micro_batches) - 1):
-            parts.append(embed(rows))
+    parts = [embed(rows) for rows in _exchanging_last(model, micro_batches)]
     joined = joined_loss(_in_batch_order(parts, micro_batches), targets, total_rows, loss)
     (joined.whole * world_size()).backward()
     return joined.own_part
@@ -222,9 +218,8 @@ def _backward_twice(
         own = _in_batch_order([embed(rows) for rows in micro_batches], micro_batches)
     joined = joined_loss(own.requires_grad_(True), targets, total_rows, loss)
     (gradient,) = torch.autograd.grad(joined.whole, own)
-    for index, rows in enumerate(micro_batches):
-        with _gradients_held_back(model, unless=index == len(micro_batches) - 1):
-            ((embed(rows) * gradient[rows]).sum() * world_size()).backward()
+    for rows in _exchanging_last(model, micro_batches):
+        ((embed(rows) * gradient[rows]).sum() * world_size()).backward()
     return joined.own_part
 
 
@@ -250,8 +245,9 @@ def joined_loss(own: torch.Tensor, targets: torch.Tensor, total_rows: int, loss:
     return JoinedLoss(by_row.sum(), by_row[start:end].sum().item())
 
 
-def _gradients_held_back(model: nn.Module, unless: bool) -> AbstractContextManager[None]:
-    """DistributedDataParallel exchanges gradients once a step: in the last micro-batch."""
-    if isinstance(model, nn.parallel.DistributedDataParallel) and not unless:
-        return model.no_sync()
-    return nullcontext()
+def _exchanging_last(model: nn.Module, micro_batches: MicroBatches) -> Iterator[npt.NDArray[np.int64]]:
+    """The micro-batches in turn; DistributedDataParallel exchanges gradients once a step: in the last."""
+    for rows in micro_batches[:-1]:
+        with model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext():
+            yield rows
+    yield micro_batches[-1]

@@ -243,7 +243,7 @@ def make_corpus(config: DistillConfig) -> Path:
 
 
 def make_student(config: DistillConfig, teacher_directory: Path, corpus: Path) -> Path:
-    """Stage `student_initial`: fewer layers, a smaller vocabulary, not yet trained; with this machine's rates."""
+    """Stage `student_initial`: fewer layers, a smaller vocabulary, not yet trained."""
     directory = config.directory / "student_initial"
     values = config.compression.model_dump(mode="json")
     if config.compression.layers.distil_candidates:
