@@ -346,7 +346,7 @@ def embedlib_steps(work: Path, settings: Settings, dtype: str) -> Iterable[Step]
             "dtype": dtype,
         }
     )
-    return distil(new_state(student, len(dataset), config), dataset, config, student.model.tokenizer.pad_token_id)
+    return distil(new_state(student, len(dataset), config), dataset, config)
 
 
 class Clock(TrainerCallback):

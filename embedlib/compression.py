@@ -97,7 +97,8 @@ def compress(
     tokenizer = prune_tokenizer(teacher.tokenizer, vocabulary.ids)
     rows, byte_scores = choose_rows(teacher, tokenizer, vocabulary, pool)
     students = []
-    for layers in list(choice.scores)[: max(1, config.layers.distil_candidates)]:
+    num_students = 1 if config.layers.keep else max(1, config.layers.distil_candidates)
+    for layers in list(choice.scores)[:num_students]:
         students.append(keep_layers(full_body, layers).float())
         replace_rows(students[-1], rows)
     best = rank_distilled(students, tokenizer) if rank_distilled and len(students) > 1 else 0

@@ -12,11 +12,11 @@ from pydantic import Field
 from sentence_transformers import SentenceTransformer
 from torch import nn
 
-from embedlib.batching import pad, token_budget_batches
+from embedlib.batching import token_budget_batches
 from embedlib.collectives import all_reduce_sum, rank, world_size
 from embedlib.config import Config
 from embedlib.dataset import DistillationSet
-from embedlib.encoder import Encoder, SentenceVectors, body_of, fast_dtype
+from embedlib.encoder import Encoder, SentenceVectors, fast_dtype
 from embedlib.losses import LossConfig
 from embedlib.memory import keep_freed_memory
 from embedlib.training import (
@@ -30,7 +30,7 @@ from embedlib.training import (
     train_step,
 )
 
-CPU_MICRO_BATCH_TOKENS = 1536
+CPU_MICRO_BATCH_TOKENS = 4096
 CUDA_MICRO_BATCH_TOKENS = 65536
 TEACHER_RUNS, WARM_UP_STEPS, RATE_STEPS = 2, 8, 9
 
@@ -71,8 +71,6 @@ def load_student(directory: Path, device: torch.device) -> SentenceVectors:
     """
     model = SentenceTransformer(str(directory), device=str(device), trust_remote_code=False, local_files_only=True)
     if device.type == "cpu":
-        # PyTorch's fused attention is slow backwards on CPUs: a third of a step on short texts.
-        body_of(model).set_attn_implementation("eager")
         keep_freed_memory()
     return SentenceVectors(model.float()).eval().requires_grad_(True)
 
@@ -89,17 +87,25 @@ def new_state(model: nn.Module, num_samples: int, config: DistillationConfig) ->
     )
 
 
-def distil(state: TrainState, dataset: DistillationSet, config: DistillationConfig, pad_id: int) -> Iterator[Step]:
+def distil(state: TrainState, dataset: DistillationSet, config: DistillationConfig) -> Iterator[Step]:
     """Take the steps that are left, one each time the caller asks for the next."""
     device = next(state.model.parameters()).device
     dtype = resolve_dtype(config, device)
     budget = config.micro_batch_tokens or (CUDA_MICRO_BATCH_TOKENS if device.type == "cuda" else CPU_MICRO_BATCH_TOKENS)
+    student = unwrapped(state.model)
     order = SampleOrder(len(dataset), config.batch_size, config.seed)
     for rows in order.batches(state.step, state.total_steps):
         mine = share_of_rank(rows, dataset.lengths(rows))
         tokens, targets = dataset.samples(mine)
-        result = train_step(state, Batch(tokens, targets, len(rows)), config.loss, budget, dtype, pad_id)
+        result = train_step(state, Batch(tokens, targets, len(rows)), config.loss, budget, dtype, student.collate)
         yield Step(state.step, mine.tolist(), result)
+
+
+def unwrapped(model: nn.Module) -> SentenceVectors:
+    """The student itself, where it is wrapped for distributed training."""
+    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    assert isinstance(inner, SentenceVectors)  # noqa: S101 (narrows the type)
+    return inner
 
 
 def resolve_dtype(config: DistillationConfig, device: torch.device) -> torch.dtype:
@@ -110,16 +116,16 @@ def resolve_dtype(config: DistillationConfig, device: torch.device) -> torch.dty
 
 
 @torch.inference_mode()
-def validation_cosine(model: nn.Module, dataset: DistillationSet, dtype: torch.dtype, pad_id: int) -> float:
+def validation_cosine(model: nn.Module, dataset: DistillationSet, dtype: torch.dtype) -> float:
     """Mean cosine to the teacher over the validation set, shared among the processes."""
     device = next(model.parameters()).device
-    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    student = unwrapped(model)
     rows = np.arange(rank(), len(dataset), world_size())
     total = torch.zeros(2, device=device, dtype=torch.float64)
     for part in token_budget_batches(dataset.lengths(rows), CPU_MICRO_BATCH_TOKENS):
         tokens, targets = dataset.samples(rows[part])
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            vectors = inner(**pad(tokens, pad_id, device))
+            vectors = student(**student.collate(tokens))
         total[0] += nn.functional.cosine_similarity(vectors.float(), targets.to(device), dim=-1).sum()
         total[1] += len(part)
     all_reduce_sum(total)
@@ -149,7 +155,7 @@ def measure_rates(teacher: Encoder, student: Path, texts: Sequence[str], config:
     state.total_steps = WARM_UP_STEPS + RATE_STEPS
     rates = []
     start = time.perf_counter()
-    for step in distil(state, dataset, config, teacher.pad_id):
+    for step in distil(state, dataset, config):
         rates.append(len(step.ids) / (time.perf_counter() - start))
         start = time.perf_counter()
     # The first runs pay for allocations.
@@ -191,7 +197,7 @@ def best_after_distilling(
         apart = DistillationSet.of(tokens[:num_apart], vectors[:num_apart])
         state = new_state(model, len(training), config)
         state.total_steps = num_steps
-        for _ in distil(state, training, config, teacher.pad_id):
+        for _ in distil(state, training, config):
             pass
-        scores.append(validation_cosine(model, apart, resolve_dtype(config, teacher.device), teacher.pad_id))
+        scores.append(validation_cosine(model, apart, resolve_dtype(config, teacher.device)))
     return int(np.argmax(scores))

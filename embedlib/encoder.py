@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -14,13 +14,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from embedlib.artifact import require_model
-from embedlib.batching import TokenIds, pad, token_budget_batches
+from embedlib.batching import TokenIds, token_budget_batches
 from embedlib.errors import ConfigError
+from embedlib.memory import keep_freed_memory
+from embedlib.packing import Features, collator
 
 # Texts whose lengths are sorted together: enough to fill batches of one length, few enough to stream.
 WINDOW = 8192
-# Padded tokens a forward. On CPUs larger batches fall out of the caches; on GPUs smaller ones leave it idle.
-CPU_BATCH_TOKENS = 1024
+# Tokens a forward. On CPUs larger batches fall out of the caches; on GPUs smaller ones leave it idle.
+CPU_BATCH_TOKENS = 4096
 CUDA_BATCH_TOKENS = 65536
 
 
@@ -53,12 +55,13 @@ def with_prompts(texts: Sequence[str], prefixes: Sequence[str], first: int = 0) 
     )
 
 
-def sentence_vectors(model: SentenceTransformer, features: dict[str, torch.Tensor]) -> torch.Tensor:
+def sentence_vectors(model: SentenceTransformer, features: Features) -> torch.Tensor:
     """Pooled vectors (batch, embedding_dim) before normalisation, which is where distillation compares them."""
     for module in model.children():
         if not isinstance(module, Normalize):
             features = module(features)
-    return features["sentence_embedding"]
+    vectors: torch.Tensor = features["sentence_embedding"]
+    return vectors
 
 
 class SentenceVectors(nn.Module):
@@ -67,9 +70,10 @@ class SentenceVectors(nn.Module):
     def __init__(self, model: SentenceTransformer) -> None:
         super().__init__()
         self.model = model
+        self.collate = collator(model)
 
-    def forward(self, **features: torch.Tensor) -> torch.Tensor:
-        """`input_ids` and `attention_mask` (batch, seq) to vectors (batch, embedding_dim)."""
+    def forward(self, **features: Any) -> torch.Tensor:
+        """What `collate` makes of token sequences to vectors (batch, embedding_dim)."""
         return sentence_vectors(self.model, features)
 
 
@@ -79,10 +83,12 @@ class Encoder:
     def __init__(self, model: SentenceTransformer, dtype: torch.dtype = torch.float32) -> None:
         self.model = model.eval().to(dtype)
         self.device = model.device
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.max_seq_length = int(model.max_seq_length or 512)
         self.embedding_dim = int(model.get_embedding_dimension() or 0)
         self.batch_tokens = CUDA_BATCH_TOKENS if self.device.type == "cuda" else CPU_BATCH_TOKENS
-        self.pad_id = int(model.tokenizer.pad_token_id)
+        self.collate = collator(model)
         # A copy: truncation is a state of the tokenizer, and the model keeps its own.
         self.tokenizer = Tokenizer.from_str(model.tokenizer.backend_tokenizer.to_str())
         self.tokenizer.no_padding()
@@ -139,7 +145,6 @@ class Encoder:
         vectors = np.empty((len(tokens), self.embedding_dim), dtype=np.float32)
         lengths = np.array([len(sequence) for sequence in tokens])
         for rows in token_budget_batches(lengths, self.batch_tokens):
-            features = pad([tokens[row] for row in rows], self.pad_id, self.device)
-            pooled = sentence_vectors(self.model, features).float()
+            pooled = sentence_vectors(self.model, self.collate([tokens[row] for row in rows])).float()
             vectors[rows] = (nn.functional.normalize(pooled, dim=-1) if normalise else pooled).cpu().numpy()
         return vectors

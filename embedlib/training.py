@@ -18,10 +18,11 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from embedlib.batching import TokenIds, pad, token_budget_batches
+from embedlib.batching import TokenIds, token_budget_batches
 from embedlib.collectives import all_gather_rows, all_reduce_max, rank, world_size
 from embedlib.config import Config
 from embedlib.losses import LossConfig, distillation_loss
+from embedlib.packing import Collate
 
 # Up to so many padded tokens of a process a coupled loss keeps the graph of its whole batch.
 WHOLE_GRAPH_TOKENS = 16384
@@ -70,7 +71,7 @@ class TrainState:
     """All that a resumed run needs to go on as if it had not stopped."""
 
     model: nn.Module
-    """Maps `input_ids` and `attention_mask` to vectors (batch, dim) before normalisation."""
+    """Maps what the collator makes of a batch to vectors (batch, dim) before normalisation."""
     optimizer: torch.optim.Optimizer
     config: OptimizerConfig
     total_steps: int
@@ -137,7 +138,7 @@ def share_of_rank(rows: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -
 
 
 def train_step(
-    state: TrainState, batch: Batch, loss: LossConfig, batch_tokens: int, dtype: torch.dtype, pad_id: int
+    state: TrainState, batch: Batch, loss: LossConfig, batch_tokens: int, dtype: torch.dtype, collate: Collate
 ) -> StepResult:
     """One optimiser step on `batch`, forward and backward in micro-batches of at most `batch_tokens` padded tokens."""
     device = next(state.model.parameters()).device
@@ -147,7 +148,7 @@ def train_step(
 
     def embed(rows: npt.NDArray[np.int64]) -> torch.Tensor:
         with autocast:
-            vectors: torch.Tensor = state.model(**pad([batch.tokens[row] for row in rows], pad_id, device))
+            vectors: torch.Tensor = state.model(**collate([batch.tokens[row] for row in rows]))
         return vectors.float()
 
     targets = batch.targets.to(device)

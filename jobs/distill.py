@@ -158,7 +158,6 @@ def train_worker(values: dict[str, Any]) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     dataset, validation = DistillationSet.open(job.dataset), DistillationSet.open(job.dataset / "validation")
     student = load_student(job.student, device)
-    pad_id = int(student.model.tokenizer.pad_token_id)
     model: torch.nn.Module = student
     if context.get_world_size() > 1:
         model = DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None)
@@ -177,7 +176,7 @@ def train_worker(values: dict[str, Any]) -> None:
     window: list[tuple[float, float]] = []
     with (job.log / f"samples-{rank:04}.jsonl").open("a") as samples, (job.log / "history.jsonl").open("a") as history:
         start = time.perf_counter()
-        for step in distil(state, dataset, job.distillation, pad_id):
+        for step in distil(state, dataset, job.distillation):
             samples.write(json.dumps({"step": step.step, "ids": step.ids}) + "\n")
             window.append((step.result.loss, step.result.num_tokens))
             last = step.step == state.total_steps
@@ -189,7 +188,7 @@ def train_worker(values: dict[str, Any]) -> None:
                 record |= {"grad_norm": step.result.grad_norm, "learning_rate": state.optimizer.param_groups[0]["lr"]}
                 window, start = [], time.perf_counter()
             if step.step % job.workers.validate_every == 0 or last:
-                record["validation_cosine"] = validation_cosine(model, validation, dtype, pad_id)
+                record["validation_cosine"] = validation_cosine(model, validation, dtype)
             if rank == 0 and len(record) > 1:
                 history.write(json.dumps(record) + "\n")
                 history.flush()

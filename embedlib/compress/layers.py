@@ -22,6 +22,8 @@ class LayerConfig(Config):
     """Layers of the student."""
     candidates: list[Layers] = Field(default_factory=list)
     """Further choices to score, each `num_layers` teacher layers from 0; the usual ones are always scored."""
+    keep: Layers | None = None
+    """Take this choice without greedy drop or distillation, whatever the scores of untrained students say."""
     probe_texts: int = Field(default=96, ge=16)
     """Texts on which a choice is scored without training."""
     greedy: bool = True
@@ -47,13 +49,13 @@ class LayerScore(NamedTuple):
 
 
 class LayerChoice(NamedTuple):
-    """The scored choices, best first."""
+    """The scored choices: the one taken first, then by agreement."""
 
     scores: dict[Layers, LayerScore]
 
     @property
     def best(self) -> Layers:
-        """The choice that agrees most with the teacher."""
+        """The choice taken."""
         return next(iter(self.scores))
 
 
@@ -112,20 +114,21 @@ def usual_candidates(num_teacher_layers: int, num_layers: int) -> list[Layers]:
 
 
 def choose_layers(num_teacher_layers: int, config: LayerConfig, score: Callable[[Layers], LayerScore]) -> LayerChoice:
-    """Score the usual and the given candidates, and the greedy drop's end; best agreement first."""
+    """Score the usual and the given candidates, and the greedy drop's end; the one to keep first, then the best."""
     candidates = usual_candidates(num_teacher_layers, config.num_layers)
-    for layers in config.candidates:
+    given = {"candidates": config.candidates, "keep": [config.keep] if config.keep else []}
+    for key, layers in [(key, layers) for key, choices in given.items() for layers in choices]:
         ascending = list(layers) == sorted(set(layers))
         if len(layers) != config.num_layers or not ascending or not set(layers) <= set(range(num_teacher_layers)):
             raise ConfigError(
-                f"layers.candidates: {list(layers)}; expected {config.num_layers} layers in ascending order, "
+                f"layers.{key}: {list(layers)}; expected {config.num_layers} layers in ascending order, "
                 f"each from 0 to {num_teacher_layers - 1}"
             )
         candidates.append(tuple(layers))
-    if config.greedy:
+    if config.greedy and not config.keep:
         candidates.append(greedy_drop(num_teacher_layers, config.num_layers, score))
     scores = {layers: score(layers) for layers in dict.fromkeys(candidates)}
-    return LayerChoice(dict(sorted(scores.items(), key=lambda item: -item[1].agreement)))
+    return LayerChoice(dict(sorted(scores.items(), key=lambda item: (item[0] != config.keep, -item[1].agreement))))
 
 
 def greedy_drop(num_teacher_layers: int, num_layers: int, score: Callable[[Layers], LayerScore]) -> Layers:

@@ -20,7 +20,6 @@ LENGTHS = (3, 9, 1, 5, 14, 2, 7, 4, 30, 6, 11)
 LOSSES = {"mse and cosine": LossConfig(), "gram": LossConfig(mse=0.5, cosine=0.5, gram=2.0)}
 # Odd batches, so that one process has a row less: a step an epoch, and three of them.
 SIZES = ((7, 7), (9, 3))
-PAD_ID = 1
 
 
 def dataset(num_samples: int) -> DistillationSet:
@@ -49,14 +48,14 @@ def train(student: Path, loss: LossConfig, num_samples: int, batch_size: int) ->
         gradients.append({n: p.grad.clone() for n, p in plain.named_parameters() if p.grad is not None})
 
     state.optimizer.register_step_pre_hook(note)
-    steps = list(distil(state, samples, config, PAD_ID))
+    steps = list(distil(state, samples, config))
     return {
         "losses": [step.result.loss for step in steps],
         "ids": [step.ids for step in steps],
         "norms": [step.result.grad_norm for step in steps],
         "gradients": gradients,
         "weights": {name: weights.clone() for name, weights in plain.state_dict().items()},
-        "cosine": validation_cosine(model, samples, torch.float32, PAD_ID),
+        "cosine": validation_cosine(model, samples, torch.float32),
     }
 
 

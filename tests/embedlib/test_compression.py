@@ -137,7 +137,7 @@ def test_the_student_keeps_the_teachers_special_ids(student: tuple[Compressed, P
     found, expected = load(student[1]), load(directory)
     for token in ("<s>", "<pad>", "</s>", "<unk>"):
         assert found.tokenizer.token_to_id(token) == expected.tokenizer.token_to_id(token)
-    assert found.pad_id == expected.pad_id == found.body.config.pad_token_id
+    assert found.model.tokenizer.pad_token_id == expected.model.tokenizer.pad_token_id == found.body.config.pad_token_id
     assert found.body.get_input_embeddings().padding_idx == expected.body.get_input_embeddings().padding_idx
 
 
@@ -267,7 +267,7 @@ def test_a_wordpiece_student_embeds_kept_texts_as_before(
     compressed = compress(teacher, texts, config)
     write_student(tmp_path, compressed.body, compressed.tokenizer, wordpiece, teacher.max_seq_length)
     student = load(tmp_path)
-    assert student.pad_id == student.tokenizer.token_to_id("[PAD]")
+    assert student.model.tokenizer.pad_token_id == student.tokenizer.token_to_id("[PAD]")
     assert_kept_texts_embed_as_before(teacher, student, compressed, tiny_texts)
 
 

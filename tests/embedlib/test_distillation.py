@@ -28,7 +28,6 @@ from embedlib.losses import LossConfig
 from embedlib.training import OptimizerConfig, TrainState
 
 CPU = torch.device("cpu")
-PAD_ID = 1
 CONFIG = DistillationConfig(
     epochs=3, batch_size=50, dtype="float32", micro_batch_tokens=200, optimizer=OptimizerConfig(learning_rate=3e-3)
 )
@@ -71,17 +70,17 @@ def weights(state: TrainState) -> dict[str, torch.Tensor]:
 def test_the_loop_brings_the_student_nearer(student: Path, dataset: DistillationSet, loss: LossConfig) -> None:
     config = CONFIG.model_copy(update={"loss": loss})
     state = start(student, dataset, config)
-    before = validation_cosine(state.model, dataset, torch.float32, PAD_ID)
-    steps = list(distil(state, dataset, config, PAD_ID))
+    before = validation_cosine(state.model, dataset, torch.float32)
+    steps = list(distil(state, dataset, config))
     losses = [step.result.loss for step in steps]
     assert np.mean(losses[-3:]) < 0.7 * np.mean(losses[:3])
     if loss.mse or loss.cosine:
-        assert validation_cosine(state.model, dataset, torch.float32, PAD_ID) > before + 0.01
+        assert validation_cosine(state.model, dataset, torch.float32) > before + 0.01
 
 
 def test_every_step_is_told(student: Path, dataset: DistillationSet) -> None:
     state = start(student, dataset)
-    steps = list(distil(state, dataset, CONFIG, PAD_ID))
+    steps = list(distil(state, dataset, CONFIG))
     assert [step.step for step in steps] == list(range(1, total_steps(len(dataset), CONFIG) + 1))
     assert state.step == state.total_steps == len(steps)
     per_epoch = len(steps) // CONFIG.epochs
@@ -89,16 +88,16 @@ def test_every_step_is_told(student: Path, dataset: DistillationSet) -> None:
         ids = [number for step in steps[epoch * per_epoch : (epoch + 1) * per_epoch] for number in step.ids]
         assert sorted(ids) == list(range(len(dataset)))
     assert sum(step.result.num_tokens for step in steps) == CONFIG.epochs * len(dataset.tokens)
-    assert not list(distil(state, dataset, CONFIG, PAD_ID))
+    assert not list(distil(state, dataset, CONFIG))
 
 
 @pytest.mark.parametrize("cut", [1, 7, 12])
 def test_a_run_cut_off_at_any_step_goes_on_bitwise(student: Path, dataset: DistillationSet, cut: int) -> None:
     whole = start(student, dataset)
-    expected = list(distil(whole, dataset, CONFIG, PAD_ID))
+    expected = list(distil(whole, dataset, CONFIG))
 
     first = start(student, dataset)
-    steps = distil(first, dataset, CONFIG, PAD_ID)
+    steps = distil(first, dataset, CONFIG)
     head = [next(steps) for _ in range(cut)]
     file = io.BytesIO()
     torch.save({"weights": weights(first), "state": first.state_dict()}, file)
@@ -106,7 +105,7 @@ def test_a_run_cut_off_at_any_step_goes_on_bitwise(student: Path, dataset: Disti
     second = start(student, dataset)
     second.model.load_state_dict(saved["weights"])
     second.load_state_dict(saved["state"])
-    assert head + list(distil(second, dataset, CONFIG, PAD_ID)) == expected
+    assert head + list(distil(second, dataset, CONFIG)) == expected
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(second)[name])
 
@@ -117,15 +116,15 @@ def test_validation_cosine_is_the_mean_over_all_samples(student: Path, dataset: 
     tokens, targets = dataset.samples(np.arange(len(dataset)))
     vectors = torch.from_numpy(encoder.encode_tokens(tokens, normalise=False))
     expected = float(functional.cosine_similarity(vectors, targets, dim=-1).mean())
-    assert validation_cosine(model, dataset, torch.float32, PAD_ID) == pytest.approx(expected, abs=1e-5)
-    assert validation_cosine(model, dataset, torch.bfloat16, PAD_ID) == pytest.approx(expected, abs=1e-2)
+    assert validation_cosine(model, dataset, torch.float32) == pytest.approx(expected, abs=1e-5)
+    assert validation_cosine(model, dataset, torch.bfloat16) == pytest.approx(expected, abs=1e-2)
 
 
 def test_the_teacher_agrees_with_itself(tiny_encoder: Path, teacher: Encoder, tiny_texts: list[str]) -> None:
     tokens = teacher.tokenise(tiny_texts)
     dataset = DistillationSet.of(tokens, teacher.encode_tokens(tokens, normalise=False).astype(np.float16))
     model = load_student(tiny_encoder, CPU)
-    assert validation_cosine(model, dataset, torch.float32, PAD_ID) == pytest.approx(1, abs=1e-5)
+    assert validation_cosine(model, dataset, torch.float32) == pytest.approx(1, abs=1e-5)
 
 
 def test_a_student_is_loaded_for_training(student: Path, tiny_texts: list[str]) -> None:
@@ -148,7 +147,7 @@ def test_the_same_seed_gives_the_same_student(student: Path, dataset: Distillati
     for seed in (0, 0, 1):
         config = CONFIG.model_copy(update={"epochs": 1, "seed": seed})
         state = start(student, dataset, config)
-        for _ in distil(state, dataset, config, PAD_ID):
+        for _ in distil(state, dataset, config):
             pass
         found.append(torch.cat([value.flatten() for value in weights(state).values()]))
     assert torch.equal(found[0], found[1])

@@ -1,5 +1,6 @@
 import io
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from embedlib import training
-from embedlib.batching import TokenIds
+from embedlib.batching import TokenIds, pad
 from embedlib.distillation import load_student
+from embedlib.encoder import SentenceVectors
 from embedlib.losses import LossConfig
+from embedlib.packing import Collate
 from embedlib.training import (
     Batch,
     OptimizerConfig,
@@ -55,8 +58,12 @@ def state(model: nn.Module, config: OptimizerConfig = NO_CLIPPING, total_steps: 
     return TrainState(model, build_optimizer(model, config), config, total_steps)
 
 
+def collate_for(model: nn.Module) -> Collate:
+    return model.collate if isinstance(model, SentenceVectors) else partial(pad, pad_id=1)
+
+
 def step(current: TrainState, batch: Batch, loss: LossConfig, batch_tokens: int = 16) -> StepResult:
-    return train_step(current, batch, loss, batch_tokens, torch.float32, pad_id=1)
+    return train_step(current, batch, loss, batch_tokens, torch.float32, collate_for(current.model))
 
 
 def gradients_of_step(
@@ -97,7 +104,7 @@ def test_the_gradient_is_that_of_the_mean_loss(loss: LossConfig) -> None:
     result, gradients = gradients_of_step(model, batch, loss, 16)
     torch.manual_seed(0)
     model = Mean()
-    vectors = torch.cat([model(**training.pad([tokens], 1)) for tokens in batch.tokens])
+    vectors = torch.cat([model(**pad([tokens], 1)) for tokens in batch.tokens])
     expected = training.distillation_loss(vectors, batch.targets, loss).mean()
     expected.backward()
     assert result.loss == pytest.approx(expected.item(), rel=1e-5)

@@ -81,6 +81,14 @@ def test_greedy_drop_looks_at_what_is_left() -> None:
     assert len({0, 1} & set(layers)) == 1
 
 
+def test_the_choice_to_keep_is_taken_and_the_scores_stay() -> None:
+    kept = choose_layers(12, LayerConfig(num_layers=4, keep=(0, 3, 7, 11)), worth)
+    assert kept.best == (0, 3, 7, 11)
+    assert set(kept.scores) == {*usual_candidates(12, 4), (0, 3, 7, 11)}
+    with pytest.raises(ConfigError, match=r"layers\.keep: \[0, 3, 11\]; expected 4 layers"):
+        choose_layers(12, LayerConfig(num_layers=4, keep=(0, 3, 11)), worth)
+
+
 def test_a_choice_far_off_in_cosine_is_not_the_best() -> None:
     def score(layers: Layers) -> LayerScore:
         return LayerScore(0.9, 0.5) if 11 in layers else LayerScore(0.3, 0.6)
