@@ -10,6 +10,8 @@ cd "$(dirname "$0")/.."
 
 export EMBEDLIB_ARTIFACTS="${EMBEDLIB_ARTIFACTS:-$PWD/artifacts}"
 export PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0 RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0 RAY_COLOR_PREFIX=0
+# On a machine of few cores a worker of low priority waits for every small task of Ray's own: a fifth of its speed.
+export RAY_worker_niceness=0
 # Explicitly: `ray start` and `ray job submit` must agree, whatever token files there are.
 export RAY_AUTH_MODE=token
 [ -n "${RAY_AUTH_TOKEN:-}" ] || ray get-auth-token --generate >/dev/null
