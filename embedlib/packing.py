@@ -6,7 +6,7 @@ is the attention, on any device, and the position ids, which in packed input hav
 
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -23,6 +23,10 @@ from embedlib.batching import TokenIds, pad
 PACKED_ATTENTION = "embedlib_packed"
 # Bodies with learned absolute positions, whose attention knows no other.
 Architecture = Literal["bert", "roberta", "xlm-roberta", "camembert"]
+
+# Runs of equally long sequences are attended to at once. Shorter runs are joined, with padding, to be worth the calls.
+WORTHWHILE_RUN = 16
+LEAST_FILL = 0.75
 
 Features = dict[str, Any]
 Collate = Callable[[Sequence[TokenIds]], Features]
@@ -79,7 +83,47 @@ def pack(sequences: Sequence[TokenIds], padding: int | None = None, device: torc
         "cu_seq_lens_k": cumulative,
         "max_length_q": longest,
         "max_length_k": longest,
+        "attention_groups": [attention_group(group, device) for group in grouped_lengths(lengths.tolist())],
     }
+
+
+class AttentionGroup(NamedTuple):
+    """Neighbouring sequences of like length that are attended to at once."""
+
+    num_tokens: int
+    num_sequences: int
+    longest: int
+    unpack: torch.Tensor | None = None
+    """Which token stands at each place when they are padded, (num_sequences * longest,); none: equally long."""
+    repack: torch.Tensor | None = None
+    """The place of each token, (num_tokens,)."""
+    mask: torch.Tensor | None = None
+    """Whether a place holds a token, (num_sequences, 1, 1, longest)."""
+
+
+def grouped_lengths(lengths: Sequence[int]) -> list[list[int]]:
+    """Neighbouring lengths in groups: long runs of one length alone, short ones joined while little is padding."""
+    groups: list[list[int]] = []
+    for length, run in ((length, list(run)) for length, run in groupby(lengths)):
+        if groups and len(groups[-1]) < WORTHWHILE_RUN and LEAST_FILL * groups[-1][0] <= length <= groups[-1][0]:
+            groups[-1] += run
+        else:
+            groups.append(run)
+    return groups
+
+
+def attention_group(lengths: list[int], device: torch.device | str) -> AttentionGroup:
+    """The group of sequences of these lengths, longest first."""
+    sizes = np.array(lengths)
+    longest = lengths[0]
+    if lengths[-1] == longest:
+        return AttentionGroup(int(sizes.sum()), len(sizes), longest)
+    held = np.arange(longest) < sizes[:, None]
+    unpack = np.zeros(held.size, dtype=np.int64)
+    places = np.flatnonzero(held)
+    unpack[places] = np.arange(len(places))
+    indices = (torch.from_numpy(array).to(device) for array in (unpack, places, held[:, None, None]))
+    return AttentionGroup(len(places), len(sizes), longest, *indices)
 
 
 def packed_attention(
@@ -109,30 +153,38 @@ def packed_attention(
         packed = varlen_attn(q, k, v, cumulative, cumulative, longest, longest, scale=scaling)
         assert isinstance(packed, torch.Tensor)  # noqa: S101 (narrows the type)
         return packed[None], None
-    runs = equal_length_runs(cumulative)
-    num_tokens = [count * length for count, length in runs]
+    groups: list[AttentionGroup] = kwargs["attention_groups"]
+    num_tokens = [group.num_tokens for group in groups]
+    tokens_first = (tensor[0].transpose(0, 1).split(num_tokens) for tensor in (query, key, value))
     outputs = []
-    for (_, length), *parts in zip(
-        runs, *(tensor[0].split(num_tokens, 1) for tensor in (query, key, value)), strict=True
-    ):
-        # (sequences, heads, length, head_dim): a view, since sequences of one length lie side by side.
-        q, k, v = (part.unflatten(1, (-1, length)).transpose(0, 1) for part in parts)
-        outputs.append(attend(q, k, v, scaling, dropout).transpose(1, 2).flatten(0, 1))
+    for group, *parts in zip(groups, *tokens_first, strict=True):
+        q, k, v = (_unpacked(part, group) for part in parts)
+        output = attend(q, k, v, group.mask, scaling, dropout).transpose(1, 2).flatten(0, 1)
+        outputs.append(output if group.repack is None else output.index_select(0, group.repack))
     return torch.cat(outputs)[None], None
 
 
-def equal_length_runs(cumulative: torch.Tensor) -> list[tuple[int, int]]:
-    """How many neighbouring sequences are equally long, and how long."""
-    return [(len(list(run)), length) for length, run in groupby(cumulative.diff().tolist())]
+def _unpacked(tokens: torch.Tensor, group: AttentionGroup) -> torch.Tensor:
+    """(tokens, heads, head_dim) to (sequences, heads, longest, head_dim): a view, where they are equally long."""
+    places = tokens if group.unpack is None else tokens.index_select(0, group.unpack)
+    return places.unflatten(0, (group.num_sequences, group.longest)).transpose(1, 2)
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, dropout: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    dropout: float,
 ) -> torch.Tensor:
-    """Attention over (batch, heads, seq, head_dim) without a mask."""
+    """Attention over (batch, heads, seq, head_dim) to the places that a (batch, 1, 1, seq) mask holds, or to all."""
     if query.requires_grad and query.device.type == "cpu":
         # PyTorch's fused attention is slow backwards on CPUs.
-        scaled = query * (scaling if scaling is not None else query.shape[-1] ** -0.5)
-        weights = nn.functional.softmax(scaled @ key.transpose(-1, -2), dim=-1)
-        return nn.functional.dropout(weights, dropout, dropout > 0) @ value
-    return nn.functional.scaled_dot_product_attention(query, key, value, scale=scaling, dropout_p=dropout)
+        scores = (query * (scaling if scaling is not None else query.shape[-1] ** -0.5)) @ key.transpose(-1, -2)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        return nn.functional.dropout(scores.softmax(dim=-1), dropout, dropout > 0) @ value
+    return nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scaling, dropout_p=dropout
+    )

@@ -23,7 +23,7 @@ from embedlib.metrics import bitext_accuracy, mean_cosine, similarity_spearman
 
 MIN_PAIRS = 20
 SPEED_RUNS = 3
-SPEED_TEXTS = 1500
+SPEED_TEXTS = 750
 MAX_HELD_OUT = 20_000
 PLOTTED_SENTENCES = 40
 

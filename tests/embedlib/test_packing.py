@@ -1,6 +1,5 @@
 """Packed sequences give the vectors of padded ones, for every pooling and family that is packed at all."""
 
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, Pooling
 from embedlib import packing
 from embedlib.batching import TokenIds, pad
 from embedlib.encoder import SentenceVectors, body_of, sentence_vectors
-from embedlib.packing import collator, equal_length_runs, pack, packed_architecture
+from embedlib.packing import attention_group, collator, grouped_lengths, pack, packed_architecture
 
 LENGTHS = (14, 9, 9, 9, 5, 5, 2, 1)
 PACKED_MODELS = ["tiny_encoder", "tiny_xlmr"]
@@ -83,11 +82,26 @@ def test_what_is_not_known_to_pack_is_padded(tiny_encoder: Path) -> None:
         assert set(collator(model)(sequences())) == {"input_ids", "attention_mask"}
 
 
-@given(st.lists(st.integers(1, 6), min_size=1, max_size=30))
-def test_runs_cover_every_token_in_order(lengths: list[int]) -> None:
-    runs = equal_length_runs(torch.from_numpy(np.cumsum([0, *lengths])))
-    assert [length for count, length in runs for _ in range(count)] == lengths
-    assert all(left[1] != right[1] for left, right in pairwise(runs))
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.booleans())
+def test_groups_hold_every_sequence_in_order(lengths: list[int], ordered: bool) -> None:
+    lengths = sorted(lengths, reverse=True) if ordered else lengths
+    groups = grouped_lengths(lengths)
+    assert [length for group in groups for length in group] == lengths
+    for group in groups:
+        assert group[0] == max(group)
+        assert min(group) >= 0.75 * group[0]
+
+
+@given(st.lists(st.integers(6, 8), min_size=1, max_size=10))
+def test_a_group_is_padded_and_packed_again(lengths: list[int]) -> None:
+    lengths = sorted(lengths, reverse=True)
+    group = attention_group(lengths, "cpu")
+    assert (group.num_sequences, group.longest, group.num_tokens) == (len(lengths), lengths[0], sum(lengths))
+    if group.unpack is None or group.repack is None or group.mask is None:
+        assert len(set(lengths)) == 1
+        return
+    assert group.unpack[group.repack].tolist() == list(range(sum(lengths)))
+    assert group.mask.sum(dim=-1).flatten().tolist() == lengths
 
 
 @pytest.mark.gpu
