@@ -7,7 +7,7 @@ FAISS := $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help demo test test-all lint format lock bench-distill clean
+.PHONY: help demo test test-all lint format lock bench-distill bench-encode bench-embed-job clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -33,6 +33,12 @@ format: $(VENV)/.dev ## put the code in form
 
 bench-distill: $(VENV)/.dev ## embedlib's training step against sentence-transformers' trainer
 	$(BIN)/python benchmarks/distill.py $(BENCH)
+
+bench-encode: $(VENV)/.dev ## embedlib's encoder against SentenceTransformer.encode and a 4-bit engine
+	$(BIN)/python benchmarks/encode.py $(BENCH)
+
+bench-embed-job: $(VENV)/.dev ## the embedding job against its bare encoder, and its memory by rows
+	$(BIN)/python benchmarks/embed_job.py $(BENCH)
 
 lock: $(VENV)/.dev ## write the versions in use to requirements.lock
 	$(BIN)/pip freeze --exclude-editable --disable-pip-version-check | sed -E 's/^(torch==[^+]+)\+.*/\1/' > requirements.lock

@@ -14,24 +14,20 @@ the first steps out.
 import argparse
 import json
 import os
-import platform
 import resource
 import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
-import torch
 from rich.console import Console
 from rich.table import Table
 from sentence_transformers import (
@@ -46,33 +42,28 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, TrainerCallback
 
-from embedlib.batching import token_budget_batches
+from benchmarks.machine import describe_machine, in_fresh_process
 from embedlib.compress.layers import LayerConfig
 from embedlib.compression import CompressionConfig, compress, known_prompts, write_student
 from embedlib.dataset import DistillationSet, write_tokens, write_vectors
 from embedlib.demo_corpus import build_demo_corpus
 from embedlib.distillation import (
-    CPU_MICRO_BATCH_TOKENS,
-    CUDA_MICRO_BATCH_TOKENS,
     DistillationConfig,
     Step,
     distil,
     load_student,
     new_state,
 )
-from embedlib.encoder import Encoder, default_device, fast_dtype, with_prompts
+from embedlib.encoder import Encoder, default_device, with_prompts
 from embedlib.losses import LossConfig
 from embedlib.memory import keep_freed_memory
 from embedlib.pretrained import EMBEDDED_TEACHER, pretrained_directory
 from embedlib.training import OptimizerConfig, SampleOrder
 from embedlib.wheels import cache_directory
 
-T = TypeVar("T")
-
 OPTIMIZER = OptimizerConfig(learning_rate=2e-4, warmup_fraction=0.2)
 CORPUS_TEXTS = 40_000
 """Texts the student's vocabulary is chosen on, the training texts among them."""
-MATMUL_SIZE, MATMUL_RUNS = 2048, 5
 
 STUDENT, DATASET, TEXTS = "student", "dataset", "texts.json"
 
@@ -205,51 +196,6 @@ def settings_of(options: argparse.Namespace) -> Settings:
     return Settings(options.batch_size, device_batch, num_steps, warmup_steps, options.runs or num_runs)
 
 
-def in_fresh_process(function: Callable[..., T], *arguments: Any) -> T:
-    """Call `function` in a process that has done nothing before: no warm caches, threads or allocator settings."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-def describe_machine() -> dict[str, Any]:
-    """What the rates were measured on, with the matrix products it reaches."""
-    device = default_device()
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "cpu": cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "dtype": name_of(fast_dtype(device)),
-        "matmul_gflops": {name_of(dtype): matmul_gflops(dtype, device) for dtype in (torch.float32, torch.bfloat16)},
-    }
-
-
-def cpu_model() -> str:
-    """The processor's name, as Linux gives it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """`torch.float32` → `float32`."""
-    return str(dtype).removeprefix("torch.")
-
-
-def matmul_gflops(dtype: torch.dtype, device: torch.device) -> float:
-    """The best of several square matrix products, in 10⁹ floating-point operations a second."""
-    matrix = torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device).to(dtype)
-    seconds = []
-    for _ in range(MATMUL_RUNS + 1):  # the first is slower: it sets up the kernel
-        start = time.perf_counter()
-        _ = matrix @ matrix
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * MATMUL_SIZE**3 / min(seconds) / 1e9
-
-
 def prepare(work: Path, settings: Settings, corpus: Path | None) -> dict[str, Any]:
     """Write the student, the texts and the samples that every run shares; return what is worth knowing of them."""
     by_language, texts = read_texts(work, corpus, settings.num_samples)
@@ -301,16 +247,10 @@ def read_texts(work: Path, corpus: Path | None, num_training: int) -> tuple[dict
 
 
 def padding_by_trainer(lengths: npt.NDArray[np.int64], settings: Settings) -> dict[str, float]:
-    """Tokens that each trainer computes for a sample, padding included."""
-    budget = CUDA_MICRO_BATCH_TOKENS if default_device().type == "cuda" else CPU_MICRO_BATCH_TOKENS
-    batches = sample_order(settings)
+    """Tokens that each trainer's linear layers compute for a sample, padding included; embedlib packs."""
     at_once = settings.device_batch
-    cut = [rows[start : start + at_once] for rows in batches for start in range(0, len(rows), at_once)]
-    bucketed = [rows[part] for rows in batches for part in token_budget_batches(lengths[rows], budget)]
-    return {
-        "sentence-transformers": padded_tokens(lengths, cut) / len(lengths),
-        "embedlib": padded_tokens(lengths, bucketed) / len(lengths),
-    }
+    cut = [rows[start : start + at_once] for rows in sample_order(settings) for start in range(0, len(rows), at_once)]
+    return {"sentence-transformers": padded_tokens(lengths, cut) / len(lengths), "embedlib": float(lengths.mean())}
 
 
 def padded_tokens(lengths: npt.NDArray[np.int64], batches: Iterable[npt.NDArray[np.int64]]) -> int:

@@ -6,6 +6,7 @@
 # It listens on 127.0.0.1 alone and leaves other Ray clusters on the machine as they are.
 set -euo pipefail
 [ $# -gt 0 ] || { sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 2; }
+export EMBEDLIB_CWD="$PWD"
 cd "$(dirname "$0")/.."
 
 export EMBEDLIB_ARTIFACTS="${EMBEDLIB_ARTIFACTS:-$PWD/artifacts}"

@@ -1,8 +1,9 @@
 """Encoder: tokenise → token-budget batches → forward → pool → normalise."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,21 @@ WINDOW = 8192
 # Tokens a forward. On CPUs larger batches fall out of the caches; on GPUs smaller ones leave it idle.
 CPU_BATCH_TOKENS = 4096
 CUDA_BATCH_TOKENS = 65536
+
+Vectors = npt.NDArray[np.float32]
+
+
+class Backend(Protocol):
+    """What multiplies: the forward of a model in some runtime and arithmetic."""
+
+    @property
+    def name(self) -> str:
+        """Runtime and arithmetic, as in `torch-bfloat16`."""
+        ...
+
+    def __call__(self, sequences: Sequence[TokenIds]) -> torch.Tensor:
+        """Pooled vectors (len(sequences), embedding_dim) before normalisation, of sequences sorted by length."""
+        ...
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
@@ -77,18 +93,38 @@ class SentenceVectors(nn.Module):
         return sentence_vectors(self.model, features)
 
 
+class TorchBackend:
+    """The model as it is, in PyTorch, on packed sequences where its architecture allows that."""
+
+    def __init__(self, model: SentenceTransformer, dtype: torch.dtype) -> None:
+        self.model = model.eval().to(dtype)
+        self.collate = collator(model)
+        self.name = f"torch-{str(dtype).removeprefix('torch.')}"
+
+    @torch.inference_mode()
+    def __call__(self, sequences: Sequence[TokenIds]) -> torch.Tensor:
+        """Pooled vectors (len(sequences), embedding_dim) before normalisation."""
+        return sentence_vectors(self.model, self.collate(sequences))
+
+
 class Encoder:
     """A sentence-transformers model that encodes many texts with little padding, on one device."""
 
-    def __init__(self, model: SentenceTransformer, dtype: torch.dtype = torch.float32) -> None:
-        self.model = model.eval().to(dtype)
+    def __init__(
+        self, model: SentenceTransformer, dtype: torch.dtype = torch.float32, backend: Backend | None = None
+    ) -> None:
+        """`backend` computes in the model's stead, which then gives tokenizer, prompts and head alone."""
+        self.model = model
         self.device = model.device
         if self.device.type == "cpu":
             keep_freed_memory()
+        self.backend = backend or TorchBackend(model, dtype)
         self.max_seq_length = int(model.max_seq_length or 512)
         self.embedding_dim = int(model.get_embedding_dimension() or 0)
+        self.normalises = any(isinstance(module, Normalize) for module in model.children())
         self.batch_tokens = CUDA_BATCH_TOKENS if self.device.type == "cuda" else CPU_BATCH_TOKENS
-        self.collate = collator(model)
+        if not hasattr(model.tokenizer, "backend_tokenizer"):
+            raise ConfigError(f"model: its tokenizer is a {type(model.tokenizer).__name__}; expected a fast tokenizer")
         # A copy: truncation is a state of the tokenizer, and the model keeps its own.
         self.tokenizer = Tokenizer.from_str(model.tokenizer.backend_tokenizer.to_str())
         self.tokenizer.no_padding()
@@ -98,10 +134,8 @@ class Encoder:
     @classmethod
     def load(cls, directory: Path, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
         """Load a sentence-transformers directory of safetensors weights; `dtype` defaults to the fast one."""
-        require_model(directory)
         device = device or default_device()
-        model = SentenceTransformer(str(directory), device=str(device), trust_remote_code=False, local_files_only=True)
-        return cls(model, dtype or fast_dtype(device))
+        return cls(load_model(directory, device), dtype or fast_dtype(device))
 
     @property
     def body(self) -> PreTrainedModel:
@@ -128,23 +162,55 @@ class Encoder:
         encodings = self.tokenizer.encode_batch_fast([prefix + text for text in texts])
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
-    def encode(self, texts: Sequence[str], prompt_name: str | None = None) -> npt.NDArray[np.float32]:
-        """Unit vectors (len(texts), embedding_dim) float32, in the order of the texts."""
-        vectors = np.empty((len(texts), self.embedding_dim), dtype=np.float32)
-        for start in range(0, len(texts), WINDOW):
-            tokens = self.tokenise(texts[start : start + WINDOW], prompt_name)
-            vectors[start : start + WINDOW] = self.encode_tokens(tokens)
-        return vectors
+    def encode(self, texts: Sequence[str], prompt_name: str | None = None) -> Vectors:
+        """Vectors (len(texts), embedding_dim) float32 in the order of the texts, as `SentenceTransformer.encode` gives.
 
-    @torch.inference_mode()
-    def encode_tokens(self, tokens: Sequence[TokenIds], normalise: bool = True) -> npt.NDArray[np.float32]:
+        Equal texts are computed once.
+        """
+        unique = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+        vectors = np.empty((len(unique), self.embedding_dim), dtype=np.float32)
+        start = 0
+        for tokens in self._tokenised_windows(list(unique), prompt_name):
+            vectors[start : start + len(tokens)] = self.encode_tokens(tokens)
+            start += len(tokens)
+        return vectors if len(unique) == len(texts) else vectors[[unique[text] for text in texts]]
+
+    def _tokenised_windows(self, texts: Sequence[str], prompt_name: str | None) -> Iterator[list[TokenIds]]:
+        windows = [texts[start : start + WINDOW] for start in range(0, len(texts), WINDOW)]
+        if self.device.type == "cpu":
+            # Nothing would overlap: both want the same cores.
+            yield from (self.tokenise(window, prompt_name) for window in windows)
+            return
+        with ThreadPoolExecutor(max_workers=1) as ahead:
+            following = ahead.submit(self.tokenise, windows[0] if windows else [], prompt_name)
+            for window in [*windows[1:], []]:
+                tokens, following = following.result(), ahead.submit(self.tokenise, window, prompt_name)
+                yield tokens
+
+    def encode_tokens(self, tokens: Sequence[TokenIds], normalise: bool | None = None) -> Vectors:
         """Vectors (len(tokens), embedding_dim) float32 of token sequences that hold their prompt already.
 
-        `normalise=False` gives them as pooled, before normalisation.
+        `normalise=False` gives them as pooled, before normalisation, True as unit vectors, None as the model does.
         """
-        vectors = np.empty((len(tokens), self.embedding_dim), dtype=np.float32)
+        normalise = self.normalises if normalise is None else normalise
+        vectors = torch.empty((len(tokens), self.embedding_dim), pin_memory=self.device.type == "cuda")
         lengths = np.array([len(sequence) for sequence in tokens])
-        for rows in token_budget_batches(lengths, self.batch_tokens):
-            pooled = sentence_vectors(self.model, self.collate([tokens[row] for row in rows])).float()
-            vectors[rows] = (nn.functional.normalize(pooled, dim=-1) if normalise else pooled).cpu().numpy()
-        return vectors
+        batches = list(token_budget_batches(lengths, self.batch_tokens))
+        start = 0
+        for rows in batches:
+            pooled = self.backend([tokens[row] for row in rows]).float()
+            # Not awaited on a GPU: the next batch is put together while this one is computed and copied.
+            vectors[start : start + len(rows)].copy_(
+                nn.functional.normalize(pooled, dim=-1) if normalise else pooled, non_blocking=True
+            )
+            start += len(rows)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        in_batches = np.concatenate([*batches, np.empty(0, np.int64)])
+        return np.asarray(vectors.numpy()[np.argsort(in_batches)])
+
+
+def load_model(directory: Path, device: torch.device) -> SentenceTransformer:
+    """The model of a sentence-transformers directory of safetensors weights; no code of the directory is run."""
+    require_model(directory)
+    return SentenceTransformer(str(directory), device=str(device), trust_remote_code=False, local_files_only=True)

@@ -22,6 +22,20 @@ def mean_cosine(a: Vectors, b: Vectors) -> float:
     return float(_row_cosines(a, b).mean())
 
 
+def row_cosines(a: Vectors, b: Vectors) -> Vectors:
+    """Cosine between row i of `a` and row i of `b`, (texts,), each in [-1, 1]."""
+    return _row_cosines(*_unit_pair(a, b))
+
+
+def top_k_overlap(a: Vectors, b: Vectors, k: int) -> float:
+    """Mean share, in [0, 1], of a text's `k` nearest other texts in `a` that are among its `k` nearest in `b`."""
+    _require_equal(len(a), len(b), "first vectors' rows", "second vectors' rows")
+    if len(a) <= k:
+        raise DataError(f"top-{k} overlap of {len(a)} texts: undefined; expected more than {k}")
+    near_a, near_b = (_k_nearest(_unit_rows(vectors, "vectors"), k) for vectors in (a, b))
+    return float(np.mean([len(np.intersect1d(x, y)) / k for x, y in zip(near_a, near_b, strict=True)]))
+
+
 def similarity_spearman(student: Vectors, teacher: Vectors, max_texts: int = 2000, seed: int = 0) -> float:
     """Spearman correlation, in [-1, 1], of the two models' cosines over all pairs i < j of texts.
 
@@ -56,6 +70,16 @@ def sts_spearman(a: Vectors, b: Vectors, gold: npt.ArrayLike) -> float:
     if not np.isfinite(scores).all():
         raise DataError(f"gold scores: row {int(np.argmin(np.isfinite(scores)))} is not finite")
     return _spearman(_row_cosines(a, b), scores)
+
+
+def _k_nearest(vectors: Vectors, k: int) -> npt.NDArray[np.intp]:
+    nearest = []
+    for start in range(0, len(vectors), BLOCK_ROWS):
+        similarities = vectors[start : start + BLOCK_ROWS] @ vectors.T
+        rows = np.arange(len(similarities))
+        similarities[rows, start + rows] = -np.inf
+        nearest.append(np.argpartition(-similarities, k, axis=1)[:, :k])
+    return np.concatenate(nearest)
 
 
 def _nearest(queries: Vectors, candidates: Vectors) -> npt.NDArray[np.intp]:

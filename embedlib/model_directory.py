@@ -91,6 +91,13 @@ def read_prompts(directory: Path) -> dict[str, str]:
     return dict(values.get("prompts") or {})
 
 
+def trained_dimensions(directory: Path) -> list[int]:
+    """The sizes to which a model's vectors may be cut, as matryoshka training notes them; empty where it had none."""
+    path = directory / PROMPTS_NAME
+    values = json.loads(path.read_text()) if path.is_file() else {}
+    return [int(size) for size in values.get("matryoshka_dims") or []]
+
+
 @contextmanager
 def disk_errors(directory: Path) -> Iterator[None]:
     """Raise what safetensors and tokenizers raise when they cannot write, as the OSError it is."""

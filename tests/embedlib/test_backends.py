@@ -1,0 +1,100 @@
+"""The gate lets in what is near enough, "auto" takes the fastest of that; real runtimes where they are installed."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from embedlib.backends import (
+    PACKAGES,
+    BackendName,
+    GateConfig,
+    available_backends,
+    choose_backend,
+    load_encoder,
+    measure,
+    require_runtime,
+)
+from embedlib.batching import TokenIds
+from embedlib.encoder import Encoder, TorchBackend
+from embedlib.errors import ConfigError
+
+CPU = torch.device("cpu")
+MODELS = ["tiny_encoder", "tiny_xlmr"]
+
+
+def runtime_or_skip(name: str) -> None:
+    for package in PACKAGES[name.split("-")[0]]:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed: backend {name} is not tested")
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", ["openvino-float32", "onnx-float32"])
+def test_an_exported_model_gives_the_same_vectors(
+    name: BackendName, model: str, tiny_texts: list[str], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    runtime_or_skip(name)
+    directory = request.getfixturevalue(model)
+    expected = load_encoder(directory, "torch-float32", CPU, tmp_path).encode(tiny_texts, "query")
+    for _ in range(2):  # exported, then from the cache
+        encoder = load_encoder(directory, name, CPU, tmp_path)
+        np.testing.assert_allclose(encoder.encode(tiny_texts, "query"), expected, atol=1e-4)
+    assert len(list((tmp_path / "backends").iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", ["openvino-int8", "openvino-bfloat16", "onnx-int8"])
+def test_a_coarser_arithmetic_is_near(
+    name: BackendName, tiny_encoder: Path, tiny_texts: list[str], tmp_path: Path
+) -> None:
+    runtime_or_skip(name)
+    exact = load_encoder(tiny_encoder, "torch-float32", CPU, tmp_path)
+    tokens = exact.tokenise(tiny_texts)
+    found = measure(load_encoder(tiny_encoder, name, CPU, tmp_path), tokens, exact.encode_tokens(tokens))
+    assert 0.95 < found.mean_cosine < 1 - 1e-7
+
+
+class Noisy:
+    """A backend whose vectors are off by a given amount."""
+
+    def __init__(self, encoder: Encoder, noise: float) -> None:
+        self.name, self.compute, self.noise = "noisy", encoder.backend, noise
+        assert isinstance(self.compute, TorchBackend)
+
+    def __call__(self, sequences: list[TokenIds]) -> torch.Tensor:
+        vectors = self.compute(sequences)
+        return vectors + self.noise * torch.randn(vectors.shape, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_gate_decides(tiny_encoder: Path, tiny_texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = list(dict.fromkeys(tiny_texts))[:100]
+
+    def load(name: BackendName) -> Encoder:
+        encoder = Encoder.load(tiny_encoder, CPU, torch.float32)
+        noise = {"torch-float32": 0.0, "openvino-float32": 1e-4, "onnx-int8": 1.0}[name]
+        if noise:
+            encoder.backend = Noisy(encoder, noise)  # type: ignore[assignment]
+        return encoder
+
+    gate, names = GateConfig(), ["torch-float32", "openvino-float32", "onnx-int8"]
+    with pytest.raises(ConfigError, match="backend: onnx-int8 is too far from torch-float32: cosine 0"):
+        choose_backend("onnx-int8", texts, gate, load, names)  # type: ignore[arg-type]
+    chosen, measured = choose_backend("openvino-float32", texts, gate, load, names)  # type: ignore[arg-type]
+    assert chosen == "openvino-float32"
+    assert measured[chosen].mean_cosine > 0.999
+    chosen, measured = choose_backend("auto", texts, gate, load, names)  # type: ignore[arg-type]
+    assert set(measured) == set(names)
+    assert chosen == max(names[:2], key=lambda name: measured[name].texts_per_s)
+
+
+def test_a_runtime_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"onnx-int8 needs \['onnx', .*pip install 'embedlib\[onnx\]'"):
+        require_runtime("onnx-int8", CPU)
+    assert available_backends(CPU) == ["torch-float32", "torch-bfloat16"]
+    monkeypatch.undo()
+    monkeypatch.setitem(PACKAGES, "onnx", ("sys",))
+    with pytest.raises(ConfigError, match="onnx-int8 runs on CPUs; this is cuda"):
+        require_runtime("onnx-int8", torch.device("cuda"))

@@ -1,0 +1,35 @@
+"""Find and kill real processes."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+
+
+def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 120) -> None:
+    """Return when `condition` holds; fail when it does not in time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not in {timeout_s:.0f} s"
+        time.sleep(0.01)
+
+
+def kill_ray_workers(name: str) -> list[int]:
+    """SIGKILL the Ray processes with `name` in their title; return which."""
+    listing = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
+    found = [int(line.split()[0]) for line in listing.splitlines() if "ray::" in line and name in line]
+    for pid in found:
+        os.kill(pid, signal.SIGKILL)
+    return found
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL a process and all below it: the driver, Ray's daemons and the workers."""
+    listing = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout
+    parents = [tuple(map(int, line.split())) for line in listing.splitlines()[1:]]
+    doomed = {pid}
+    while more := {child for child, parent in parents if parent in doomed} - doomed:
+        doomed |= more
+    for each in doomed:
+        os.kill(each, signal.SIGKILL)

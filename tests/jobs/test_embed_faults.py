@@ -1,0 +1,106 @@
+"""Whatever is killed while a corpus is embedded: after a rerun every id is there once, its vector bit for bit."""
+
+import os
+import random
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from embedlib.errors import ArtifactError
+from jobs.embed import EmbedConfig, embed
+from tests.jobs.processes import kill_ray_workers, kill_tree, wait_for
+
+pytestmark = pytest.mark.ray
+REPOSITORY = Path(__file__).parents[2]
+PART_ROWS, NUM_ROWS = 256, 256 * 40
+
+
+@pytest.fixture(scope="module")
+def corpus(tiny_texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("faults") / "corpus.parquet"
+    texts = [f"{tiny_texts[row % len(tiny_texts)]} {row}" for row in range(NUM_ROWS)]
+    pq.write_table(pa.table({"id": list(range(1000, 1000 + NUM_ROWS)), "text": texts}), path, row_group_size=1000)
+    return path
+
+
+def values(corpus: Path, output: Path, model: Path) -> dict[str, str]:
+    paths = {"input": str(corpus), "output": str(output), "model": str(model)}
+    return paths | {"backend": "torch-float32", "rows_per_part": str(PART_ROWS), "num_actors": "2"}
+
+
+def run(corpus: Path, output: Path, model: Path) -> None:
+    embed(EmbedConfig.model_validate(values(corpus, output, model)))
+
+
+def table(output: Path) -> pa.Table:
+    return pa.concat_tables([pq.read_table(path) for path in sorted(output.glob("part-*.parquet"))])
+
+
+def num_parts(output: Path) -> int:
+    return len(list(output.glob("part-*.parquet")))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_cluster: None, corpus: Path, tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("undisturbed")
+    run(corpus, output, tiny_encoder)
+    assert table(output)["id"].to_pylist() == list(range(1000, 1000 + NUM_ROWS))
+    return output
+
+
+def test_a_killed_encoder_is_started_again(undisturbed: Path, corpus: Path, tiny_encoder: Path, tmp_path: Path) -> None:
+    killed: list[int] = []
+    moment = random.Random(os.getpid()).randint(1, 20)
+
+    def kill() -> None:
+        wait_for(lambda: num_parts(tmp_path) >= moment, f"part {moment}")
+        killed.extend(kill_ray_workers("EmbedPart"))
+
+    watcher = threading.Thread(target=kill)
+    watcher.start()
+    run(corpus, tmp_path, tiny_encoder)
+    watcher.join()
+    assert killed, "no encoder was found to kill"
+    assert table(tmp_path).equals(table(undisturbed))
+
+
+@pytest.mark.parametrize("trial", [0, *(pytest.param(trial, marks=pytest.mark.slow) for trial in range(1, 20))])
+def test_a_killed_job_resumes(undisturbed: Path, corpus: Path, tiny_encoder: Path, tmp_path: Path, trial: int) -> None:
+    moment = random.Random(trial).randint(1, 30)
+    options = [word for key, value in values(corpus, tmp_path, tiny_encoder).items() for word in (f"--{key}", value)]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_ADDRESS")}
+    command = [sys.executable, str(REPOSITORY / "jobs" / "embed.py"), *options]
+    job = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
+    wait_for(lambda: num_parts(tmp_path) >= moment, f"part {moment}")
+    kill_tree(job.pid)
+    job.wait()
+    assert not (tmp_path / "manifest.json").exists()
+    kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("part-*.parquet")}
+    run(corpus, tmp_path, tiny_encoder)
+    assert table(tmp_path).equals(table(undisturbed))
+    assert kept.items() <= {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("part-*.parquet")}.items()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with room for a few parts."""
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", tmp_path], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small disk: {mounted.stderr.decode().strip()}: a full disk is not tested")
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", tmp_path], check=True)
+
+
+def test_a_full_disk_loses_nothing(undisturbed: Path, corpus: Path, tiny_encoder: Path, small_disk: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"part-\d{6}\.parquet: could not be written: .*No space left on device"):
+        run(corpus, small_disk, tiny_encoder)
+    assert 0 < num_parts(small_disk) < NUM_ROWS // PART_ROWS
+    subprocess.run(["mount", "-o", "remount,size=50m", small_disk], check=True)
+    run(corpus, small_disk, tiny_encoder)
+    assert table(small_disk).equals(table(undisturbed))
