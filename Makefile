@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(abspath $(VENV))/bin
 # faiss has one build for CUDA machines and one for the others.
 FAISS := $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
-PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock
+# Python compiles what it imports; compiling all that is installed costs more.
+PIP_INSTALL := $(BIN)/pip install --quiet --no-compile --disable-pip-version-check --constraint requirements.lock
 export PATH := $(BIN):$(PATH)
 
 .PHONY: help demo test test-all lint format lock bench-distill bench-encode bench-embed-job clean

@@ -322,7 +322,7 @@ def make_vectors(config: DistillConfig, teacher: Path, texts: Path) -> Path:
         vectors=VectorsConfig(normalise=False),
         rows_per_part=max(MIN_PART_ROWS, min(READ_ROWS, num_texts // NUM_PARTS)),
     )
-    return embed(job).directory
+    return Path(embed(job).directory.path)
 
 
 def make_dataset(

@@ -49,6 +49,7 @@ from embedlib.storage import Store
 from embedlib.wheels import cache_directory
 from jobs.runtime import Progress, connect, cpu_processes, num_gpus, own_errors, quiet, user_directory, user_path
 
+INDEX_NAME = "index.faiss"
 CALIBRATION_TEXTS = 4096
 STATISTICS = b"embedlib.part"
 NOT_FINITE = "the model gave a vector that is not finite"
@@ -89,7 +90,7 @@ class EmbedConfig(EmbeddingConfig):
 class EmbedResult(NamedTuple):
     """What an embedding run made."""
 
-    directory: Path
+    directory: Store
     manifest: Manifest
     texts_per_s: float
     """Rate of the rows embedded in this run, model loading excluded; 0 where all were there already."""
@@ -110,10 +111,10 @@ class PartStatistics(NamedTuple):
 class EmbedPart:
     """Ray actor: loads the encoder once, embeds parts and writes them."""
 
-    def __init__(self, model: str, source: str, config: dict[str, Any], prepared: dict[str, Any]) -> None:
+    def __init__(self, model: str, source: Store, config: dict[str, Any], prepared: dict[str, Any]) -> None:
         quiet()
         self.config = EmbedConfig.model_validate(config)
-        self.source, self.output = Store.at(source), Store.at(self.config.output)
+        self.source, self.output = source, Store.at(self.config.output)
         self.embedder = TextEmbedder.load(
             Path(model), self.config.embedding, Prepared.model_validate(prepared), worker_device(), cache_directory()
         )
@@ -217,6 +218,8 @@ def read_parts(directory: Path) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[
 def embed(config: EmbedConfig) -> EmbedResult:
     """Embed every row of the input that has no vector yet, on the cluster joined before."""
     output = Store.at(config.output)
+    if config.index and not output.is_local:
+        raise ConfigError(f"index: {config.output} is no directory of this machine; FAISS writes files alone")
     model = pretrained_directory(config.model)
     files = input_files(config.input)
     parents = {"model": model_fingerprint(model), "texts": fingerprint(files=[content_mark(file) for file in files])}
@@ -226,7 +229,18 @@ def embed(config: EmbedConfig) -> EmbedResult:
     mark = fingerprint(**parents, **work)
     claim(output, mark)
     if finished := (output / MANIFEST_NAME).read_json():
-        return EmbedResult(Path(output.path), Manifest.model_validate(finished), 0.0)
+        result = EmbedResult(output, Manifest.model_validate(finished), 0.0)
+    else:
+        result = embed_missing(config, model, files, output, mark, parents)
+    if config.index and not (output / INDEX_NAME).exists():
+        write_index(lambda: read_parts(Path(output.path)), Path(output.path) / INDEX_NAME, config.index_factory)
+    return result
+
+
+def embed_missing(
+    config: EmbedConfig, model: Path, files: Sequence[Store], output: Store, mark: str, parents: dict[str, str]
+) -> EmbedResult:
+    """Embed the parts that are not there yet, and write the manifest of all."""
     files = converted(files, config, output)
     parts = plan_parts(files, config.columns, config.rows_per_part)
     prepared = prepared_once(config, model, files[0], parts, output)
@@ -234,10 +248,6 @@ def embed(config: EmbedConfig) -> EmbedResult:
     missing = [number for number in range(len(parts)) if part_name(number) not in there]
     texts_per_s = embed_parts(config, model, files[0], prepared, parts, missing)
     measurements = totals(output, parts, config) | {"texts_per_s": texts_per_s, "backend": prepared.model_dump()}
-    if config.index and not output.is_local:
-        raise ConfigError(f"index: {config.output} is no directory of this machine; FAISS writes files alone")
-    if config.index:
-        write_index(lambda: read_parts(Path(output.path)), Path(output.path) / "index.faiss", config.index_factory)
     manifest = Manifest(
         kind="vectors",
         fingerprint=mark,
@@ -249,7 +259,7 @@ def embed(config: EmbedConfig) -> EmbedResult:
         },
     )
     (output / MANIFEST_NAME).write(manifest.model_dump_json(indent=2).encode())
-    return EmbedResult(Path(output.path), manifest, texts_per_s)
+    return EmbedResult(output, manifest, texts_per_s)
 
 
 def content_mark(file: Store) -> list[Any]:
@@ -342,7 +352,7 @@ def embed_parts(
             EmbedPart,
             fn_constructor_args=(
                 str(model),
-                str(source.path) if source.is_local else config.input,
+                source,
                 config.model_dump(mode="json"),
                 prepared.model_dump(mode="json"),
             ),

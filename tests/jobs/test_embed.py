@@ -71,8 +71,8 @@ def test_rows_without_a_vector_are_told_and_the_others_indexed(
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     output = tmp_path / "vectors"
     columns = {"keep": ["n"]}
-    config = config_for(output, tiny_encoder, tmp_path / "in.jsonl", columns=columns, index="faiss")
-    manifest = embed(config).manifest
+    manifest = embed(config_for(output, tiny_encoder, tmp_path / "in.jsonl", columns=columns)).manifest
+    embed(config_for(output, tiny_encoder, tmp_path / "in.jsonl", columns=columns, index="faiss"))
     assert manifest.measurements["quarantined"] == {"not JSON": 1, "empty": 1}
     quarantined = pa.concat_tables([pq.read_table(path) for path in sorted((output / "quarantine").iterdir())])
     assert quarantined["row"].to_pylist() == [3, 70]
