@@ -20,12 +20,13 @@ export RAY_AUTH_MODE=token
 free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 port=$(free_port)
 dashboard=$(free_port)
+agent=$(free_port)
 # Ray Data cannot resume where Ray counts two CPUs or fewer (Ray 2.60), so it is told of at least four.
 cores=$(python -c 'import os; print(max(4, os.cpu_count() or 1))')
 log=$(mktemp -t embedlib-ray.XXXXXX)
 
 setsid ray start --head --block --num-cpus "$cores" --node-ip-address 127.0.0.1 --port "$port" \
-  --dashboard-host 127.0.0.1 --dashboard-port "$dashboard" >"$log" 2>&1 &
+  --dashboard-host 127.0.0.1 --dashboard-port "$dashboard" --dashboard-agent-listen-port "$agent" >"$log" 2>&1 &
 head=$!
 stop() {
   kill -TERM "$head" 2>/dev/null || true
