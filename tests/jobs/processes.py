@@ -4,10 +4,23 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 
-def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 120) -> None:
+@contextmanager
+def killed_at_the_end(command: list[str]) -> Iterator[None]:
+    """Run `command` in the background; at the end SIGKILL it and all below it, wherever it got to."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_ADDRESS")}
+    job = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        kill_tree(job.pid)
+        job.wait()
+
+
+def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 300) -> None:
     """Return when `condition` holds; fail when it does not in time."""
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -32,4 +45,5 @@ def kill_tree(pid: int) -> None:
     while more := {child for child, parent in parents if parent in doomed} - doomed:
         doomed |= more
     for each in doomed:
-        os.kill(each, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it ended by itself
+            os.kill(each, signal.SIGKILL)

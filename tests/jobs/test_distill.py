@@ -17,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 from embedlib.dataset import DistillationSet
 from embedlib.errors import ArtifactError
 from jobs.distill import DistillConfig, main
-from tests.jobs.processes import kill_ray_workers, kill_tree, wait_for
+from tests.jobs.processes import kill_ray_workers, killed_at_the_end, wait_for
 
 pytestmark = pytest.mark.ray
 
@@ -172,11 +172,9 @@ def test_a_killed_job_resumes_with_another_number_of_workers(
     run.write_text(yaml.safe_dump(config_for(output, tiny_encoder, corpus).model_dump(mode="json", exclude_none=True)))
     command = [sys.executable, str(REPOSITORY / "jobs" / "distill.py"), str(run)]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_ADDRESS")}
-    job = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
     total = len(sample_log(undisturbed))
-    wait_for_step(output, random.Random(os.getpid()).randint(total // 10, total // 2))
-    kill_tree(job.pid)
-    job.wait()
+    with killed_at_the_end(command):
+        wait_for_step(output, random.Random(os.getpid()).randint(total // 10, total // 2))
     assert not (output / "student").exists()
     subprocess.run([*command, "--workers.num_workers", "2"], env=environment, check=True, stdout=subprocess.DEVNULL)
     assert_every_sample_once_an_epoch(output)

@@ -14,7 +14,7 @@ import pytest
 
 from embedlib.errors import ArtifactError
 from jobs.embed import EmbedConfig, embed
-from tests.jobs.processes import kill_ray_workers, kill_tree, wait_for
+from tests.jobs.processes import kill_ray_workers, killed_at_the_end, wait_for
 
 pytestmark = pytest.mark.ray
 REPOSITORY = Path(__file__).parents[2]
@@ -74,12 +74,8 @@ def test_a_killed_encoder_is_started_again(undisturbed: Path, corpus: Path, tiny
 def test_a_killed_job_resumes(undisturbed: Path, corpus: Path, tiny_encoder: Path, tmp_path: Path, trial: int) -> None:
     moment = random.Random(trial).randint(1, 30)
     options = [word for key, value in values(corpus, tmp_path, tiny_encoder).items() for word in (f"--{key}", value)]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_ADDRESS")}
-    command = [sys.executable, str(REPOSITORY / "jobs" / "embed.py"), *options]
-    job = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
-    wait_for(lambda: num_parts(tmp_path) >= moment, f"part {moment}")
-    kill_tree(job.pid)
-    job.wait()
+    with killed_at_the_end([sys.executable, str(REPOSITORY / "jobs" / "embed.py"), *options]):
+        wait_for(lambda: num_parts(tmp_path) >= moment, f"part {moment}")
     assert not (tmp_path / "manifest.json").exists()
     kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("part-*.parquet")}
     run(corpus, tmp_path, tiny_encoder)
