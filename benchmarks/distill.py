@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 from sentence_transformers import (
@@ -42,11 +41,11 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, TrainerCallback
 
+from benchmarks.command import benchmark_parser, read_rows, write_result
 from benchmarks.machine import describe_machine, in_fresh_process
 from embedlib.compress.layers import LayerConfig
 from embedlib.compression import CompressionConfig, compress, known_prompts, write_student
 from embedlib.dataset import DistillationSet, write_tokens, write_vectors
-from embedlib.demo_corpus import build_demo_corpus
 from embedlib.distillation import (
     DistillationConfig,
     Step,
@@ -59,7 +58,6 @@ from embedlib.losses import LossConfig
 from embedlib.memory import keep_freed_memory
 from embedlib.pretrained import EMBEDDED_TEACHER, pretrained_directory
 from embedlib.training import OptimizerConfig, SampleOrder
-from embedlib.wheels import cache_directory
 
 OPTIMIZER = OptimizerConfig(learning_rate=2e-4, warmup_fraction=0.2)
 CORPUS_TEXTS = 40_000
@@ -169,21 +167,16 @@ def main() -> None:
         "step_seconds_by_kind": breakdown,
     }
     console.print_json(json.dumps(result["ratios"]))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(options.json, result)
     if stuck := sorted({run.variant for run in runs if not falls(run.losses)}):
         sys.exit(f"the loss did not fall: {', '.join(stuck)}; the rates compare nothing")
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Distillation throughput against sentence-transformers' trainer.")
-    parser.add_argument("--quick", action="store_true", help="one run of few steps: shows that it works")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="where to write machine, runs and ratios")
-    parser.add_argument("--corpus", type=Path, metavar="FILE", help="Parquet with `text`; none: the demo corpus")
+    parser = benchmark_parser("Distillation throughput against sentence-transformers' trainer.", "one run of few steps")
     parser.add_argument("--batch-size", type=int, default=128, help="samples of one optimiser step")
     parser.add_argument("--device-batch", type=int, help="samples the trainer holds at once; none: the whole batch")
-    parser.add_argument("--runs", type=int, help="runs of every variant; none: 5, or 1 with --quick")
     return parser.parse_args(arguments)
 
 
@@ -198,7 +191,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
 
 def prepare(work: Path, settings: Settings, corpus: Path | None) -> dict[str, Any]:
     """Write the student, the texts and the samples that every run shares; return what is worth knowing of them."""
-    by_language, texts = read_texts(work, corpus, settings.num_samples)
+    by_language, texts = read_corpus(corpus, settings.num_samples)
     directory = pretrained_directory(EMBEDDED_TEACHER)
     teacher = Encoder.load(directory)
     student = compress(teacher, by_language, CompressionConfig(layers=LayerConfig(greedy=False)))
@@ -227,22 +220,14 @@ def prepare(work: Path, settings: Settings, corpus: Path | None) -> dict[str, An
     }
 
 
-def read_texts(work: Path, corpus: Path | None, num_training: int) -> tuple[dict[str, list[str]], list[str]]:
-    """Texts by language to choose a vocabulary on, and the training texts among them, both in an order of chance."""
-    if corpus is None:
-        (work / "corpus").mkdir()
-        build_demo_corpus(work / "corpus", cache_directory())
-        corpus = work / "corpus" / "train.parquet"
-    columns = [name for name in ("text", "lang") if name in pq.read_schema(corpus).names]
-    table = pq.read_table(corpus, columns=columns)
-    order = np.random.default_rng(0).permutation(len(table))[: max(CORPUS_TEXTS, num_training)]
-    rows = table.take(order).to_pylist()
-    rows = [row for row in rows if row["text"] and row["text"].strip()]
+def read_corpus(corpus: Path | None, num_training: int) -> tuple[dict[str, list[str]], list[str]]:
+    """Texts by language to choose a vocabulary on, and the training texts among them."""
+    rows = read_rows(corpus, max(CORPUS_TEXTS, num_training))
     if len(rows) < num_training:
         sys.exit(f"{corpus}: {len(rows)} texts; a run needs {num_training}")
     by_language: dict[str, list[str]] = {}
     for row in rows:
-        by_language.setdefault(row.get("lang") or "und", []).append(row["text"])
+        by_language.setdefault(row["lang"] or "und", []).append(row["text"])
     return by_language, [row["text"] for row in rows[:num_training]]
 
 

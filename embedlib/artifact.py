@@ -131,24 +131,31 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 @contextmanager
-def new_artifact(directory: Path, kind: str, fingerprint: str, **fields: Any) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yield a scratch directory and a dict for measurements; on success they become `directory`, at once and whole.
+def whole_directory(directory: Path) -> Iterator[Path]:
+    """Yield a scratch directory that becomes `directory` when the block ends well, at once and whole.
 
-    A failure leaves nothing in the way but the scratch directory's removal, so that a rerun starts clean.
+    A failure leaves nothing behind, so that a rerun starts clean. Where another process was quicker, its work stays.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     scratch = directory.parent / f".{directory.name}.partial-{os.getpid()}"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
-    measurements: dict[str, Any] = {}
     try:
-        yield scratch, measurements
-        manifest = Manifest(kind=kind, fingerprint=fingerprint, measurements=measurements, **fields)
-        write_manifest(scratch, manifest)
-        if directory.exists():
-            directory.rmdir()
-        scratch.replace(directory)
-    except OSError as error:
-        raise ArtifactError(f"{kind} {directory}: could not be written: {error}") from error
+        yield scratch
+        if not directory.exists() or not any(directory.iterdir()):
+            scratch.replace(directory)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def new_artifact(directory: Path, kind: str, fingerprint: str, **fields: Any) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield a scratch directory and a dict for measurements; on success they become `directory`, at once and whole."""
+    measurements: dict[str, Any] = {}
+    try:
+        with whole_directory(directory) as scratch:
+            yield scratch, measurements
+            write_manifest(scratch, Manifest(kind=kind, fingerprint=fingerprint, measurements=measurements, **fields))
+    except OSError as error:
+        raise ArtifactError(f"{kind} {directory}: could not be written: {error}") from error
+    is_finished(directory, fingerprint)  # raises where other work was quicker

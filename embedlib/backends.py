@@ -5,28 +5,24 @@ user's own texts before it is used: a quick runtime that ranks other neighbours 
 """
 
 import importlib.util
-import os
-import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, NamedTuple, get_args
 
-import numpy as np
 import torch
 from pydantic import Field
 from sentence_transformers import SentenceTransformer
 from torch import nn
 
-from embedlib.artifact import model_fingerprint
+from embedlib.artifact import model_fingerprint, whole_directory
 from embedlib.batching import TokenIds, pad
 from embedlib.config import Config
-from embedlib.encoder import Backend, Encoder, load_model, sentence_vectors
+from embedlib.encoder import Backend, Encoder, Vectors, load_model, sentence_vectors
 from embedlib.errors import ConfigError
-from embedlib.metrics import mean_cosine, row_cosines, top_k_overlap
+from embedlib.metrics import row_cosines, top_k_overlap
 
 BackendName = Literal[
     "torch-float32",
@@ -57,16 +53,21 @@ class GateConfig(Config):
     """Least mean share of a text's ten nearest that are the same."""
 
 
-class Measured(NamedTuple):
-    """What a backend does on the sample, next to float32."""
+class Agreement(NamedTuple):
+    """How near vectors are to those of float32."""
 
     mean_cosine: float
     min_cosine: float
     top_10_overlap: float
-    texts_per_s: float
+
+    @classmethod
+    def of(cls, vectors: Vectors, reference: Vectors) -> "Agreement":
+        """Of vectors (texts, dim) with the reference's for the same texts."""
+        cosines = row_cosines(vectors, reference)
+        return cls(float(cosines.mean()), float(cosines.min()), top_k_overlap(vectors, reference, 10))
 
     def passes(self, gate: GateConfig) -> bool:
-        """Whether it is near enough."""
+        """Whether they are near enough."""
         return (
             self.mean_cosine >= gate.mean_cosine
             and self.min_cosine >= gate.min_cosine
@@ -75,9 +76,15 @@ class Measured(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"cosine {self.mean_cosine:.4f} mean, {self.min_cosine:.4f} least; top-10 overlap "
-            f"{self.top_10_overlap:.3f}; {self.texts_per_s:,.0f} texts/s"
+            f"cosine {self.mean_cosine:.4f} mean, {self.min_cosine:.4f} least; top-10 overlap {self.top_10_overlap:.3f}"
         )
+
+
+class Measured(NamedTuple):
+    """What a backend does on the sample."""
+
+    agreement: Agreement
+    texts_per_s: float
 
 
 def load_encoder(directory: Path, backend: BackendName, device: torch.device, cache: Path) -> Encoder:
@@ -124,43 +131,41 @@ def available_backends(device: torch.device) -> list[BackendName]:
     return found
 
 
-def measure(encoder: Encoder, tokens: Sequence[TokenIds], reference: np.ndarray[Any, Any]) -> Measured:
+def measure(encoder: Encoder, tokens: Sequence[TokenIds], reference: Vectors) -> Measured:
     """How near `encoder` is to the `reference` vectors (len(tokens), dim), and how fast."""
     vectors, seconds = encoder.encode_tokens(tokens), []
     for _ in range(RUNS):
         start = time.perf_counter()
         encoder.encode_tokens(tokens)
         seconds.append(time.perf_counter() - start)
-    return Measured(
-        mean_cosine(vectors, reference),
-        float(row_cosines(vectors, reference).min()),
-        top_k_overlap(vectors, reference, 10),
-        len(tokens) / median(seconds),
-    )
+    return Measured(Agreement.of(vectors, reference), len(tokens) / median(seconds))
 
 
 def choose_backend(
     wanted: BackendName | Literal["auto"],
+    reference: Encoder,
     texts: Sequence[str],
     gate: GateConfig,
     load: Callable[[BackendName], Encoder],
     available: Sequence[BackendName],
-) -> tuple[BackendName, dict[str, Measured]]:
+) -> tuple[BackendName, dict[BackendName, Measured]]:
     """The wanted backend, or for "auto" the fastest available one that passes, with what all were measured to do.
 
-    `texts` (prompts included) are the sample. Raises ConfigError with the numbers where the wanted one does not pass.
+    `reference` is the model in float32, `texts` (prompts included) are the sample. Raises ConfigError with the numbers
+    where the wanted one does not pass.
     """
-    encoder = load(REFERENCE)
-    tokens = encoder.tokenise(texts)
-    reference = encoder.encode_tokens(tokens)
-    measured: dict[str, Measured] = {}
-    for name in available if wanted == "auto" else [wanted]:
-        measured[name] = measure(encoder if name == REFERENCE else load(name), tokens, reference)
-    passing = {name: result for name, result in measured.items() if result.passes(gate)}
+    tokens = reference.tokenise(texts)
+    expected = reference.encode_tokens(tokens)
+    measured = {
+        name: measure(reference if name == REFERENCE else load(name), tokens, expected)
+        for name in (available if wanted == "auto" else [wanted])
+    }
+    passing = {name: result for name, result in measured.items() if result.agreement.passes(gate)}
     if wanted != "auto" and wanted not in passing:
-        raise ConfigError(f"backend: {wanted} is too far from {REFERENCE}: {measured[wanted]}; expected {gate}")
-    best = max(passing, key=lambda name: passing[name].texts_per_s)
-    return next(name for name in get_args(BackendName) if name == best), measured
+        raise ConfigError(
+            f"backend: {wanted} is too far from {REFERENCE}: {measured[wanted].agreement}; expected {gate}"
+        )
+    return max(passing, key=lambda name: passing[name].texts_per_s), measured
 
 
 def build_backend(directory: Path, model: SentenceTransformer, backend: BackendName, cache: Path) -> Backend:
@@ -170,25 +175,12 @@ def build_backend(directory: Path, model: SentenceTransformer, backend: BackendN
     home = cache / "backends" / f"{runtime}-{stored}-{model_fingerprint(directory)[:16]}"
     export = export_openvino if runtime == "openvino" else export_onnx
     if not home.exists():
-        with _scratch(home) as scratch, warnings.catch_warnings():
+        with whole_directory(home) as scratch, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch.export and torch.onnx warn of their own parts
             # A model of its own: that of an encoder may have been prepared for packed sequences.
             export(load_model(directory, torch.device("cpu")), scratch, arithmetic == "int8")
     run: type[OpenVinoBackend] | type[OnnxBackend] = OpenVinoBackend if runtime == "openvino" else OnnxBackend
     return run(home, int(model.tokenizer.pad_token_id), backend)
-
-
-@contextmanager
-def _scratch(home: Path) -> Iterator[Path]:
-    """A directory that becomes `home` when it is whole; where another process was quicker, its own is taken."""
-    scratch = home.with_name(f".{home.name}.{os.getpid()}")
-    scratch.mkdir(parents=True)
-    try:
-        yield scratch
-        if not home.exists():
-            scratch.replace(home)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 class PooledVectors(nn.Module):

@@ -173,21 +173,27 @@ def prepare(
     def load(name: BackendName) -> Encoder:
         return load_encoder(directory, name, device, cache)
 
-    measured: dict[str, Measured] = {}
+    measured: dict[BackendName, Measured] = {}
     if config.backend is None:
         backend = torch_backend(fast_dtype(device))
     elif config.backend == REFERENCE:
         backend = REFERENCE
     else:
-        prefixes = [load(REFERENCE).prompt(name) for name in config.prompts[:1]]
-        sample = with_prompts(texts[:GATE_TEXTS], prefixes)
-        backend, measured = choose_backend(config.backend, sample, config.gate, load, available_backends(device))
+        reference = load(REFERENCE)
+        sample = with_prompts(texts[:GATE_TEXTS], [reference.prompt(name) for name in config.prompts[:1]])
+        backend, measured = choose_backend(
+            config.backend, reference, sample, config.gate, load, available_backends(device)
+        )
     ranges = None
     if config.vectors.dtype in NEEDS_RANGES:
         vectors, _ = TextEmbedder(load(backend), config, None).embed_exactly(texts, range(len(texts)))
         ranges = calibrate(vectors).tolist()
     return Prepared(
-        backend=backend, measured={name: found._asdict() for name, found in measured.items()}, ranges=ranges
+        backend=backend,
+        measured={
+            name: found.agreement._asdict() | {"texts_per_s": found.texts_per_s} for name, found in measured.items()
+        },
+        ranges=ranges,
     )
 
 

@@ -18,13 +18,13 @@ BLOCK_ROWS = 2048
 
 def mean_cosine(a: Vectors, b: Vectors) -> float:
     """Mean cosine between row i of `a` and row i of `b`, in [-1, 1]."""
-    a, b = _unit_pair(a, b)
-    return float(_row_cosines(a, b).mean())
+    return float(row_cosines(a, b).mean())
 
 
 def row_cosines(a: Vectors, b: Vectors) -> Vectors:
     """Cosine between row i of `a` and row i of `b`, (texts,), each in [-1, 1]."""
-    return _row_cosines(*_unit_pair(a, b))
+    a, b = _unit_pair(a, b)
+    return np.asarray(np.sum(a * b, axis=1), np.float64)
 
 
 def top_k_overlap(a: Vectors, b: Vectors, k: int) -> float:
@@ -64,12 +64,11 @@ def bitext_accuracy(source: Vectors, target: Vectors) -> float:
 
 def sts_spearman(a: Vectors, b: Vectors, gold: npt.ArrayLike) -> float:
     """Spearman correlation, in [-1, 1], of the cosine of row i of `a` and `b` with the human score `gold[i]`."""
-    a, b = _unit_pair(a, b)
-    scores = np.asarray(gold, np.float64)
-    _require_equal(scores.shape, (len(a),), "gold scores", "pairs")
+    cosines, scores = row_cosines(a, b), np.asarray(gold, np.float64)
+    _require_equal(scores.shape, cosines.shape, "gold scores", "pairs")
     if not np.isfinite(scores).all():
         raise DataError(f"gold scores: row {int(np.argmin(np.isfinite(scores)))} is not finite")
-    return _spearman(_row_cosines(a, b), scores)
+    return _spearman(cosines, scores)
 
 
 def _k_nearest(vectors: Vectors, k: int) -> npt.NDArray[np.intp]:
@@ -85,10 +84,6 @@ def _k_nearest(vectors: Vectors, k: int) -> npt.NDArray[np.intp]:
 def _nearest(queries: Vectors, candidates: Vectors) -> npt.NDArray[np.intp]:
     blocks = range(0, len(queries), BLOCK_ROWS)
     return np.concatenate([(queries[row : row + BLOCK_ROWS] @ candidates.T).argmax(axis=1) for row in blocks])
-
-
-def _row_cosines(a: Vectors, b: Vectors) -> Vectors:
-    return np.asarray(np.sum(a * b, axis=1), np.float64)
 
 
 def _spearman(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float:

@@ -8,9 +8,11 @@ arXiv:2101.06983).
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import cache, reduce
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +26,11 @@ from embedlib.config import Config
 from embedlib.losses import LossConfig, distillation_loss
 from embedlib.packing import Collate
 
-# Up to so many padded tokens of a process a coupled loss keeps the graph of its whole batch.
+# Up to so many padded tokens of a process the graph of its whole batch is kept.
 WHOLE_GRAPH_TOKENS = 16384
+# Each lane holds gradients of its own.
+MAX_LANES = 4
+T = TypeVar("T")
 NO_DECAY = ("bias", "LayerNorm.weight", "layer_norm.weight")
 
 
@@ -144,7 +149,8 @@ def train_step(
     device = next(state.model.parameters()).device
     lengths = np.array([len(tokens) for tokens in batch.tokens])
     micro_batches = list(token_budget_batches(lengths, batch_tokens))
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    # Nothing is used twice within one forward, and a cache would be one for all threads.
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
 
     def embed(rows: npt.NDArray[np.int64]) -> torch.Tensor:
         with autocast:
@@ -153,7 +159,12 @@ def train_step(
 
     targets = batch.targets.to(device)
     padded_tokens = sum(len(rows) * int(lengths[rows].max()) for rows in micro_batches)
-    if not loss.couples_rows:
+    num_lanes = _num_lanes(state.model, device)
+    if num_lanes > 1 and padded_tokens <= WHOLE_GRAPH_TOKENS:
+        shares = [np.argsort(-lengths, kind="stable")[number::num_lanes] for number in range(num_lanes)]
+        lanes = [[share[rows] for rows in token_budget_batches(lengths[share], batch_tokens)] for share in shares]
+        total_loss = _backward_in_lanes(state.model, embed, lanes, targets, batch.total_rows, loss)
+    elif not loss.couples_rows:
         total_loss = _backward_by_row(state.model, embed, micro_batches, targets, batch.total_rows, loss)
     # All processes must agree, or their exchanges would meet in different orders.
     elif all_reduce_max(padded_tokens, device) <= WHOLE_GRAPH_TOKENS:
@@ -171,6 +182,62 @@ def train_step(
 
 Embed = Callable[[npt.NDArray[np.int64]], torch.Tensor]
 MicroBatches = list[npt.NDArray[np.int64]]
+
+
+def _num_lanes(model: nn.Module, device: torch.device) -> int:
+    """Into how many threads a batch is dealt: none but the caller's where a GPU, other processes or chance come in."""
+    if device.type != "cpu" or world_size() > 1 or model.training:
+        return 1
+    return min(torch.get_num_threads(), MAX_LANES)
+
+
+def _backward_in_lanes(
+    model: nn.Module,
+    embed: Embed,
+    lanes: Sequence[MicroBatches],
+    targets: torch.Tensor,
+    total_rows: int,
+    loss: LossConfig,
+) -> float:
+    """All forwards, then all backwards, each lane in a thread of its own.
+
+    Threads that meet twice a step lose less to a busy machine than threads that meet in every product.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parts = _in_threads(lambda lane: [embed(rows) for rows in lane], lanes)
+    micro_batches = [rows for lane in lanes for rows in lane]
+    own = _in_batch_order([part.detach() for lane in parts for part in lane], micro_batches)
+    joined = joined_loss(own.requires_grad_(True), targets, total_rows, loss)
+    (gradient,) = torch.autograd.grad(joined.whole, own)
+
+    def backward(lane: MicroBatches, vectors: list[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
+        # Not .backward(): threads must not add to the same gradient.
+        return torch.autograd.grad(vectors, parameters, [gradient[rows] for rows in lane], allow_unused=True)
+
+    by_lane = _in_threads(backward, lanes, parts)
+    for parameter, *gradients in zip(parameters, *by_lane, strict=True):
+        found = [each for each in gradients if each is not None]
+        parameter.grad = reduce(torch.add, found) if found else None
+    return joined.own_part
+
+
+def _in_threads(function: Callable[..., T], lanes: Sequence[Any], *more: Sequence[Any]) -> list[T]:
+    """The function's value for each lane, computed in a thread with its share of the cores."""
+    threads = torch.get_num_threads()
+
+    def run(*arguments: Any) -> T:
+        torch.set_num_threads(max(1, threads // len(lanes)))
+        return function(*arguments)
+
+    try:
+        return list(_thread_pool(len(lanes)).map(run, lanes, *more))
+    finally:
+        torch.set_num_threads(threads)  # which also is what threads to come will find
+
+
+@cache
+def _thread_pool(size: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(size, thread_name_prefix="lane")
 
 
 def _backward_by_row(

@@ -9,6 +9,7 @@ from jobs.cli import run_job  # isort: skip (takes jobs/ off sys.path before any
 import hashlib
 import io
 import json
+import math
 import os
 import tempfile
 import time
@@ -93,7 +94,7 @@ class EmbedResult(NamedTuple):
     directory: Store
     manifest: Manifest
     texts_per_s: float
-    """Rate of the rows embedded in this run, model loading excluded; 0 where all were there already."""
+    """Rows/s from the first part's beginning to the last one's end; 0 where all were there already."""
 
 
 class PartStatistics(NamedTuple):
@@ -120,16 +121,18 @@ class EmbedPart:
         )
 
     def __call__(self, batch: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-        """Embed the parts numbered in `batch["number"]`; give back rows, tokens and seconds of each, or its error."""
+        """Embed the parts numbered in `batch["number"]`; give back what each held and took, or its error."""
         done = []
         for number, part in zip(batch["number"], batch["part"], strict=True):
             try:
+                start = time.time()  # of all machines alike
                 statistics = self.embed(int(number), Part(*json.loads(part)))
-                done.append({"error": "", **{key: getattr(statistics, key) for key in ("rows", "tokens", "seconds")}})
+                counts = {"rows": statistics.rows, "tokens": statistics.tokens}
+                done.append({"error": "", "start": start, "end": time.time()} | counts)
             except EmbedlibError as error:
                 # Raised here, it would be retried without end or come back as Ray's error round a traceback.
                 problem = {"kind": type(error).__name__, "message": str(error)}
-                done.append({"error": json.dumps(problem), "rows": 0, "tokens": 0, "seconds": 0.0})
+                done.append({"error": json.dumps(problem), "start": 0.0, "end": 0.0, "rows": 0, "tokens": 0})
         return {key: np.array([row[key] for row in done]) for key in done[0]}
 
     def embed(self, number: int, part: Part) -> PartStatistics:
@@ -338,7 +341,7 @@ def prepare_on_worker(model: str, source: Store, sample: list[Part], values: dic
 def embed_parts(
     config: EmbedConfig, model: Path, source: Store, prepared: Prepared, parts: Sequence[Part], missing: list[int]
 ) -> float:
-    """Embed the `missing` parts on the cluster; return rows/s, model loading excluded."""
+    """Embed the `missing` parts on the cluster; return rows/s from the first part's beginning to the last one's end."""
     if not missing:
         return 0.0
     gpus = num_gpus()
@@ -367,19 +370,19 @@ def embed_parts(
     before = total - sum(parts[number].num_rows for number in missing)
     progress = Progress("embed", total, "texts")
     rows = tokens = 0
-    seconds = 0.0
+    first, last = math.inf, 0.0
     for row in done:
         if row["error"]:
             problem = json.loads(row["error"])
             raise getattr(errors, problem["kind"])(problem["message"])
         rows, tokens = rows + int(row["rows"]), tokens + int(row["tokens"])
-        seconds += float(row["seconds"])
+        first, last = min(first, float(row["start"])), max(last, float(row["end"]))
         expected = tokens / max(rows, 1) * (total - before)
         progress.update(
             min(before + rows, total),
-            f"{tokens:,} of about {expected:,.0f} tokens · {tokens / max(seconds, 1e-9) * num_actors:,.0f} tokens/s",
+            f"{tokens:,} of about {expected:,.0f} tokens · {tokens / (last - first):,.0f} tokens/s",
         )
-    return rows / max(seconds, 1e-9) * num_actors
+    return rows / (last - first)
 
 
 def totals(output: Store, parts: Sequence[Part], config: EmbedConfig) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def test_a_coarser_arithmetic_is_near(
     runtime_or_skip(name)
     exact = load_encoder(tiny_encoder, "torch-float32", CPU, tmp_path)
     tokens = exact.tokenise(tiny_texts)
-    found = measure(load_encoder(tiny_encoder, name, CPU, tmp_path), tokens, exact.encode_tokens(tokens))
+    found = measure(load_encoder(tiny_encoder, name, CPU, tmp_path), tokens, exact.encode_tokens(tokens)).agreement
     assert 0.95 < found.mean_cosine < 1 - 1e-7
 
 
@@ -78,13 +78,14 @@ def test_the_gate_decides(tiny_encoder: Path, tiny_texts: list[str], monkeypatch
             encoder.backend = Noisy(encoder, noise)  # type: ignore[assignment]
         return encoder
 
+    reference = load("torch-float32")
     gate, names = GateConfig(), ["torch-float32", "openvino-float32", "onnx-int8"]
     with pytest.raises(ConfigError, match="backend: onnx-int8 is too far from torch-float32: cosine 0"):
-        choose_backend("onnx-int8", texts, gate, load, names)  # type: ignore[arg-type]
-    chosen, measured = choose_backend("openvino-float32", texts, gate, load, names)  # type: ignore[arg-type]
+        choose_backend("onnx-int8", reference, texts, gate, load, names)  # type: ignore[arg-type]
+    chosen, measured = choose_backend("openvino-float32", reference, texts, gate, load, names)  # type: ignore[arg-type]
     assert chosen == "openvino-float32"
-    assert measured[chosen].mean_cosine > 0.999
-    chosen, measured = choose_backend("auto", texts, gate, load, names)  # type: ignore[arg-type]
+    assert measured[chosen].agreement.mean_cosine > 0.999
+    chosen, measured = choose_backend("auto", reference, texts, gate, load, names)  # type: ignore[arg-type]
     assert set(measured) == set(names)
     assert chosen == max(names[:2], key=lambda name: measured[name].texts_per_s)
 

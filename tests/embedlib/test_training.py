@@ -98,6 +98,24 @@ def test_micro_batches_change_nothing(tiny_encoder: Path, loss: LossConfig) -> N
 
 
 @pytest.mark.parametrize("loss", [MSE_AND_COSINE, GRAM])
+@pytest.mark.parametrize("batch_tokens", [16, 10**6])
+def test_threads_change_nothing(tiny_encoder: Path, loss: LossConfig, batch_tokens: int) -> None:
+    device, threads = torch.device("cpu"), torch.get_num_threads()
+    batch = samples(dim=32)
+    alone, expected = gradients_of_step(load_student(tiny_encoder, device), batch, loss, batch_tokens)
+    torch.set_num_threads(3)
+    try:
+        shared, gradients = gradients_of_step(load_student(tiny_encoder, device), batch, loss, batch_tokens)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+    assert shared.loss == pytest.approx(alone.loss, rel=1e-5)
+    assert shared.grad_norm == pytest.approx(alone.grad_norm, rel=1e-5)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", [MSE_AND_COSINE, GRAM])
 def test_the_gradient_is_that_of_the_mean_loss(loss: LossConfig) -> None:
     torch.manual_seed(0)
     model, batch = Mean(), samples()

@@ -1,5 +1,6 @@
 """Whatever is killed while a corpus is embedded: after a rerun every id is there once, its vector bit for bit."""
 
+import json
 import os
 import random
 import subprocess
@@ -17,6 +18,8 @@ from jobs.embed import EmbedConfig, embed
 from tests.jobs.processes import kill_ray_workers, killed_at_the_end, wait_for
 
 pytestmark = pytest.mark.ray
+# One moment of each kind in every run, 20 in all with --run-slow.
+TRIALS = [0, *(pytest.param(trial, marks=pytest.mark.slow) for trial in range(1, 5))]
 REPOSITORY = Path(__file__).parents[2]
 PART_ROWS, NUM_ROWS = 256, 256 * 40
 
@@ -54,9 +57,12 @@ def undisturbed(ray_cluster: None, corpus: Path, tiny_encoder: Path, tmp_path_fa
     return output
 
 
-def test_a_killed_encoder_is_started_again(undisturbed: Path, corpus: Path, tiny_encoder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("trial", TRIALS)
+def test_a_killed_encoder_is_started_again(
+    undisturbed: Path, corpus: Path, tiny_encoder: Path, tmp_path: Path, trial: int
+) -> None:
     killed: list[int] = []
-    moment = random.Random(os.getpid()).randint(1, 20)
+    moment = random.Random(trial).randint(1, 20)
 
     def kill() -> None:
         wait_for(lambda: num_parts(tmp_path) >= moment, f"part {moment}")
@@ -70,7 +76,7 @@ def test_a_killed_encoder_is_started_again(undisturbed: Path, corpus: Path, tiny
     assert table(tmp_path).equals(table(undisturbed))
 
 
-@pytest.mark.parametrize("trial", [0, *(pytest.param(trial, marks=pytest.mark.slow) for trial in range(1, 20))])
+@pytest.mark.parametrize("trial", TRIALS)
 def test_a_killed_job_resumes(undisturbed: Path, corpus: Path, tiny_encoder: Path, tmp_path: Path, trial: int) -> None:
     moment = random.Random(trial).randint(1, 30)
     options = [word for key, value in values(corpus, tmp_path, tiny_encoder).items() for word in (f"--{key}", value)]
@@ -83,10 +89,23 @@ def test_a_killed_job_resumes(undisturbed: Path, corpus: Path, tiny_encoder: Pat
     assert kept.items() <= {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("part-*.parquet")}.items()
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own with room for a few parts."""
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", tmp_path], capture_output=True)
+@pytest.mark.parametrize("trial", TRIALS)
+def test_a_job_goes_on_without_a_node(
+    undisturbed: Path, corpus: Path, tiny_encoder: Path, tmp_path: Path, trial: int
+) -> None:
+    moment = random.Random(trial).randint(1, 20)
+    config = values(corpus, tmp_path, tiny_encoder) | {"num_actors": "4"}
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    command = [sys.executable, "-m", "tests.jobs.two_nodes", str(moment), json.dumps(config)]
+    subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, timeout=400)
+    assert table(tmp_path).equals(table(undisturbed))
+
+
+@pytest.fixture(params=TRIALS)
+def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A file system of its own with room for some parts."""
+    size = random.Random(request.param).randint(200, 600)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", tmp_path], capture_output=True)
     if mounted.returncode:
         pytest.skip(f"cannot mount a small disk: {mounted.stderr.decode().strip()}: a full disk is not tested")
     yield tmp_path

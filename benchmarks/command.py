@@ -1,0 +1,52 @@
+"""What every benchmark takes and gives: its command line, real lines of text, a JSON file of results."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from embedlib.artifact import whole_directory
+from embedlib.demo_corpus import build_demo_corpus
+from embedlib.wheels import cache_directory
+
+
+def benchmark_parser(description: str, quick: str) -> argparse.ArgumentParser:
+    """The options that all benchmarks have; `quick` says what --quick leaves out."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help=f"{quick}: shows that it works")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="where to write machine, runs and ratios")
+    parser.add_argument("--corpus", type=Path, metavar="FILE", help="Parquet with `text`; none: the demo corpus")
+    parser.add_argument("--runs", type=int, help="runs of every contestant; none: 5, or 1 with --quick")
+    return parser
+
+
+def read_rows(corpus: Path | None, num_rows: int) -> list[dict[str, str]]:
+    """At most `num_rows` texts with their `lang` (none: `und`) in an order of chance, the same on every machine."""
+    path = corpus or demo_lines()
+    columns = [name for name in ("text", "lang") if name in pq.read_schema(path).names]
+    table = pq.read_table(path, columns=columns)
+    order = np.random.default_rng(0).permutation(len(table))[:num_rows]
+    return [{"lang": "und"} | row for row in table.take(order).to_pylist() if row["text"] and row["text"].strip()]
+
+
+def read_texts(corpus: Path | None, num_texts: int) -> list[str]:
+    """At most `num_texts` distinct lines of real text, the same on every machine."""
+    return list(dict.fromkeys(row["text"] for row in read_rows(corpus, 2 * num_texts)))[:num_texts]
+
+
+def demo_lines() -> Path:
+    """The demo corpus' lines, built once and kept."""
+    home = cache_directory() / "bench-corpus"
+    if not home.exists():
+        with whole_directory(home) as scratch:
+            build_demo_corpus(scratch, cache_directory())
+    return home / "train.parquet"
+
+
+def write_result(path: Path | None, result: dict[str, Any]) -> None:
+    """Write machine, runs and ratios where --json asks for it."""
+    if path:
+        path.write_text(json.dumps(result, indent=2) + "\n")
