@@ -19,12 +19,17 @@ from embedlib.batching import TokenIds, token_budget_batches
 from embedlib.errors import ConfigError
 from embedlib.memory import keep_freed_memory
 from embedlib.packing import Features, collator
+from embedlib.threads import side_by_side
 
 # Texts whose lengths are sorted together: enough to fill batches of one length, few enough to stream.
 WINDOW = 8192
 # Tokens a forward. On CPUs larger batches fall out of the caches; on GPUs smaller ones leave it idle.
-CPU_BATCH_TOKENS = 4096
+CPU_BATCH_TOKENS = 1536
 CUDA_BATCH_TOKENS = 65536
+# Fewer tokens than that are not worth a thread of their own.
+LEAST_BATCH_TOKENS = 256
+# Python has one interpreter lock: beyond so many threads they would rather wait for it than compute.
+MAX_THREADS = 8
 
 Vectors = npt.NDArray[np.float32]
 
@@ -35,6 +40,11 @@ class Backend(Protocol):
     @property
     def name(self) -> str:
         """Runtime and arithmetic, as in `torch-bfloat16`."""
+        ...
+
+    @property
+    def max_threads(self) -> int:
+        """How many calls at once are worth making."""
         ...
 
     def __call__(self, sequences: Sequence[TokenIds]) -> torch.Tensor:
@@ -100,6 +110,7 @@ class TorchBackend:
         self.model = model.eval().to(dtype)
         self.collate = collator(model)
         self.name = f"torch-{str(dtype).removeprefix('torch.')}"
+        self.max_threads = MAX_THREADS if model.device.type == "cpu" else 1
 
     @torch.inference_mode()
     def __call__(self, sequences: Sequence[TokenIds]) -> torch.Tensor:
@@ -195,15 +206,19 @@ class Encoder:
         normalise = self.normalises if normalise is None else normalise
         vectors = torch.empty((len(tokens), self.embedding_dim), pin_memory=self.device.type == "cuda")
         lengths = np.array([len(sequence) for sequence in tokens])
-        batches = list(token_budget_batches(lengths, self.batch_tokens))
-        start = 0
-        for rows in batches:
-            pooled = self.backend([tokens[row] for row in rows]).float()
+        share = int(lengths.sum()) // min(self.backend.max_threads, torch.get_num_threads())
+        budget = min(self.batch_tokens, max(LEAST_BATCH_TOKENS, share))
+        batches = list(token_budget_batches(lengths, budget))
+        starts = np.cumsum([0, *map(len, batches)])
+
+        def compute(number: int) -> None:
+            pooled = self.backend([tokens[row] for row in batches[number]]).float()
             # Not awaited on a GPU: the next batch is put together while this one is computed and copied.
-            vectors[start : start + len(rows)].copy_(
+            vectors[starts[number] : starts[number + 1]].copy_(
                 nn.functional.normalize(pooled, dim=-1) if normalise else pooled, non_blocking=True
             )
-            start += len(rows)
+
+        side_by_side(compute, range(len(batches)), self.backend.max_threads)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         in_batches = np.concatenate([*batches, np.empty(0, np.int64)])

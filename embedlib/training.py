@@ -8,11 +8,10 @@ arXiv:2101.06983).
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache, reduce
-from typing import Any, NamedTuple, TypeVar
+from functools import reduce
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,12 +24,12 @@ from embedlib.collectives import all_gather_rows, all_reduce_max, rank, world_si
 from embedlib.config import Config
 from embedlib.losses import LossConfig, distillation_loss
 from embedlib.packing import Collate
+from embedlib.threads import side_by_side
 
 # Up to so many padded tokens of a process the graph of its whole batch is kept.
 WHOLE_GRAPH_TOKENS = 16384
 # Each lane holds gradients of its own.
 MAX_LANES = 4
-T = TypeVar("T")
 NO_DECAY = ("bias", "LayerNorm.weight", "layer_norm.weight")
 
 
@@ -199,45 +198,24 @@ def _backward_in_lanes(
     total_rows: int,
     loss: LossConfig,
 ) -> float:
-    """All forwards, then all backwards, each lane in a thread of its own.
-
-    Threads that meet twice a step lose less to a busy machine than threads that meet in every product.
-    """
+    """All forwards, then all backwards, each lane in a thread of its own."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    parts = _in_threads(lambda lane: [embed(rows) for rows in lane], lanes)
+    parts = side_by_side(lambda lane: [embed(rows) for rows in lane], lanes, len(lanes))
     micro_batches = [rows for lane in lanes for rows in lane]
     own = _in_batch_order([part.detach() for lane in parts for part in lane], micro_batches)
     joined = joined_loss(own.requires_grad_(True), targets, total_rows, loss)
     (gradient,) = torch.autograd.grad(joined.whole, own)
 
-    def backward(lane: MicroBatches, vectors: list[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
+    def backward(number: int) -> tuple[torch.Tensor | None, ...]:
         # Not .backward(): threads must not add to the same gradient.
-        return torch.autograd.grad(vectors, parameters, [gradient[rows] for rows in lane], allow_unused=True)
+        by_vectors = [gradient[rows] for rows in lanes[number]]
+        return torch.autograd.grad(parts[number], parameters, by_vectors, allow_unused=True)
 
-    by_lane = _in_threads(backward, lanes, parts)
+    by_lane = side_by_side(backward, range(len(lanes)), len(lanes))
     for parameter, *gradients in zip(parameters, *by_lane, strict=True):
         found = [each for each in gradients if each is not None]
         parameter.grad = reduce(torch.add, found) if found else None
     return joined.own_part
-
-
-def _in_threads(function: Callable[..., T], lanes: Sequence[Any], *more: Sequence[Any]) -> list[T]:
-    """The function's value for each lane, computed in a thread with its share of the cores."""
-    threads = torch.get_num_threads()
-
-    def run(*arguments: Any) -> T:
-        torch.set_num_threads(max(1, threads // len(lanes)))
-        return function(*arguments)
-
-    try:
-        return list(_thread_pool(len(lanes)).map(run, lanes, *more))
-    finally:
-        torch.set_num_threads(threads)  # which also is what threads to come will find
-
-
-@cache
-def _thread_pool(size: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(size, thread_name_prefix="lane")
 
 
 def _backward_by_row(

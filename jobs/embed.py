@@ -255,7 +255,8 @@ def embed_missing(
         kind="vectors",
         fingerprint=mark,
         parents=parents,
-        config=config.model_dump(mode="json"),
+        # As stores name themselves: a URI may hold a secret.
+        config=config.model_dump(mode="json") | {"input": str(Store.at(config.input)), "output": str(output)},
         measurements=measurements,
         contents={
             name: hashlib.sha256((output / name).read()).hexdigest() for name in map(part_name, range(len(parts)))
@@ -438,7 +439,7 @@ def main(config: EmbedConfig) -> EmbedResult:
     result = embed(config)
     measured = result.manifest.measurements
     print(
-        f"{config.output}: {measured['rows']:,} vectors of {measured['tokens']:,} tokens, "
+        f"{result.directory}: {measured['rows']:,} vectors of {measured['tokens']:,} tokens, "
         f"{result.texts_per_s:,.0f} texts/s; quarantined: {measured['quarantined'] or 'none'}"
     )
     return result

@@ -80,7 +80,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pyt
 def test_what_is_in_the_way_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "precious.txt").write_text("mine")
-    with pytest.raises(ArtifactError, match="not empty and without manifest.json"):
+    with pytest.raises(ArtifactError, match=r"not empty and without manifest\.json"):
         make(tmp_path / "data")
     assert [path.name for path in tmp_path.rglob("*")] == ["data", "precious.txt"]
 

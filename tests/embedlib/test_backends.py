@@ -59,6 +59,8 @@ def test_a_coarser_arithmetic_is_near(
 class Noisy:
     """A backend whose vectors are off by a given amount."""
 
+    max_threads = 1
+
     def __init__(self, encoder: Encoder, noise: float) -> None:
         self.name, self.compute, self.noise = "noisy", encoder.backend, noise
         assert isinstance(self.compute, TorchBackend)

@@ -1,8 +1,8 @@
 """Vectors of `SentenceTransformer.encode` that the encoder must meet, and the models they are of.
 
-    python -m tests.embedlib.golden
+    python -m tests.golden.vectors
 
-writes golden.npz anew; do so only where a model below is meant to change.
+writes vectors.npz anew; do so only where a model below is meant to change.
 """
 
 from pathlib import Path
@@ -22,7 +22,7 @@ from embedlib.model_directory import write_body, write_head, write_tokenizer
 from embedlib.pretrained import EMBEDDED_TEACHER, pretrained_directory
 from tests.conftest import SENTENCES
 
-GOLDEN = Path(__file__).with_suffix(".npz")
+VECTORS = Path(__file__).with_suffix(".npz")
 PROMPTS = {"none": None, "query": "query"}
 TEXTS = [*SENTENCES[::12], "", "byte fallback: ☃ 𒀀 ꙮ", " ".join(SENTENCES)]  # the last is longer than any model reads
 VOCABULARY = 4096
@@ -75,7 +75,7 @@ def main() -> None:
             model = SentenceTransformer(str(directory), device="cpu", local_files_only=True)
             for prompt, prompt_name in PROMPTS.items():
                 vectors[f"{name}/{prompt}"] = model.encode(TEXTS, prompt_name=prompt_name, batch_size=4)
-    np.savez_compressed(GOLDEN, **vectors)
+    np.savez_compressed(VECTORS, **vectors)
 
 
 if __name__ == "__main__":
