@@ -10,6 +10,7 @@ from pathlib import Path
 
 import ray
 import ray.data
+import torch
 
 from embedlib.errors import EmbedlibError
 
@@ -21,6 +22,8 @@ MAX_CPU_PROCESSES = 8
 def connect() -> None:
     """Join the cluster this job was submitted to, or start a local one with token authentication."""
     quiet()
+    # Ray leaves a submitted job one thread, as it does a worker that asked for no more.
+    torch.set_num_threads(os.cpu_count() or 1)
     if ray.is_initialized():
         return
     if os.environ.get("RAY_ADDRESS"):
