@@ -94,14 +94,17 @@ def refuse_pickled_weights(directory: Path) -> None:
 def read_manifest(directory: Path) -> Manifest | None:
     """The manifest of a finished directory, None where there is none, ArtifactError where it cannot be understood."""
     path = directory / MANIFEST_NAME
-    if not path.is_file():
-        return None
+    return parse_manifest(path.read_bytes(), str(path)) if path.is_file() else None
+
+
+def parse_manifest(content: bytes, name: str) -> Manifest:
+    """The manifest that a file called `name` holds; ArtifactError where it cannot be understood."""
     try:
-        manifest = Manifest.model_validate_json(path.read_text())
+        manifest = Manifest.model_validate_json(content)
     except ValidationError as error:
-        raise ArtifactError(f"{path}: not a manifest embedlib can read: {error}") from error
+        raise ArtifactError(f"{name}: not a manifest embedlib can read: {error}") from error
     if manifest.format_version != FORMAT_VERSION:
-        raise ArtifactError(f"{path}: format_version {manifest.format_version}; this embedlib reads {FORMAT_VERSION}")
+        raise ArtifactError(f"{name}: format_version {manifest.format_version}; this embedlib reads {FORMAT_VERSION}")
     return manifest
 
 

@@ -27,7 +27,7 @@ import torch
 from pydantic import Field
 
 from embedlib import errors
-from embedlib.artifact import MANIFEST_NAME, Manifest, fingerprint, model_fingerprint
+from embedlib.artifact import MANIFEST_NAME, Manifest, fingerprint, hash_file, model_fingerprint, parse_manifest
 from embedlib.embedding import EmbeddingConfig, Prepared, TextEmbedder, prepare
 from embedlib.encoder import default_device
 from embedlib.errors import ArtifactError, ConfigError, DataError, EmbedlibError
@@ -230,9 +230,8 @@ def embed(config: EmbedConfig) -> EmbedResult:
         mode="json", include={*EmbeddingConfig.model_fields, *("columns", "max_characters", "rows_per_part")}
     )
     mark = fingerprint(**parents, **work)
-    claim(output, mark)
-    if finished := (output / MANIFEST_NAME).read_json():
-        result = EmbedResult(output, Manifest.model_validate(finished), 0.0)
+    if finished := claim(output, mark):
+        result = EmbedResult(output, finished, 0.0)
     else:
         result = embed_missing(config, model, files, output, mark, parents)
     if config.index and not (output / INDEX_NAME).exists():
@@ -270,8 +269,7 @@ def content_mark(file: Store) -> list[Any]:
     """What tells one content of an input file from another: its hash, in an object store its size and time."""
     if not file.is_local:
         return [file.path, file.info.size, file.info.mtime_ns]
-    with open(file.path, "rb") as content:
-        return [hashlib.file_digest(content, "sha256").hexdigest()]
+    return [hash_file(Path(file.path))]
 
 
 def converted(files: Sequence[Store], config: EmbedConfig, output: Store) -> list[Store]:
@@ -416,11 +414,14 @@ def totals(output: Store, parts: Sequence[Part], config: EmbedConfig) -> dict[st
     return measurements
 
 
-def claim(directory: Store, mark: str) -> None:
-    """Take `directory` for the work with fingerprint `mark`; ArtifactError where other work has taken it."""
-    note = directory / ".fingerprint"
-    manifest = (directory / MANIFEST_NAME).read_json()
-    holder = manifest["fingerprint"] if manifest else note.read().decode() if note.exists() else mark
+def claim(directory: Store, mark: str) -> Manifest | None:
+    """Take `directory` for the work with fingerprint `mark`; ArtifactError where other work has taken it.
+
+    Gives the manifest where the work is finished.
+    """
+    note, path = directory / ".fingerprint", directory / MANIFEST_NAME
+    manifest = parse_manifest(path.read(), str(path)) if path.exists() else None
+    holder = manifest.fingerprint if manifest else note.read().decode() if note.exists() else mark
     if holder != mark:
         raise ArtifactError(
             f"{directory}: holds vectors {holder[:12]}, but this run makes {mark[:12]}; "
@@ -428,6 +429,7 @@ def claim(directory: Store, mark: str) -> None:
         )
     if not note.exists():
         note.write(mark.encode())
+    return manifest
 
 
 def main(config: EmbedConfig) -> EmbedResult:
