@@ -85,7 +85,12 @@ def main() -> None:
         models["student"] = options.student
     num_runs = options.runs or (1 if options.quick else 5)
     contestants = contestants_of(models)
-    results = in_turns(contestants, models, texts, num_runs, console)
+    # One model after the other: all at once would not fit into the memory of a small machine.
+    results = [
+        found
+        for model in models
+        for found in in_turns([each for each in contestants if each.model == model], models, texts, num_runs, console)
+    ]
     costs = {name: in_fresh_process(cost_of, directory, texts) for name, directory in models.items()}
     result = {
         "machine": machine | {"peak_gflops": peaks},
@@ -124,23 +129,30 @@ def in_turns(
     contestants: Sequence[Contestant], models: dict[str, Path], texts: list[str], num_runs: int, console: Console
 ) -> list[Result]:
     """Start all, let them run in turn, every other round backwards, and compare their vectors."""
-    context = multiprocessing.get_context("spawn")
-    pipes: dict[Contestant, Connection] = {}
+    pipes = {contestant: start(contestant, models[contestant.model], texts) for contestant in contestants}
     reference: dict[str, Vectors] = {}
     results: dict[Contestant, Result] = {}
-    for contestant in contestants:
-        pipes[contestant], far_end = context.Pipe()
-        arguments = (far_end, contestant, models[contestant.model], texts)
-        context.Process(target=compete, args=arguments, daemon=True).start()
-        vectors = pipes[contestant].recv()
+    for contestant, pipe in pipes.items():
+        vectors = pipe.recv()
+        console.print(f"{contestant.name} is ready")
         reference.setdefault(contestant.model, vectors)
         results[contestant] = Result(contestant, [], Agreement.of(vectors, reference[contestant.model]))
     for number in range(num_runs):
         for contestant in contestants if number % 2 == 0 else reversed(contestants):
-            pipes[contestant].send("run")
+            pipes[contestant].send(True)
             results[contestant].seconds.append(pipes[contestant].recv())
         console.print(f"round {number + 1}/{num_runs} done")
+    for pipe in pipes.values():
+        pipe.send(False)
     return list(results.values())
+
+
+def start(contestant: Contestant, directory: Path, texts: list[str]) -> Connection:
+    """A contestant's process, and the pipe to it."""
+    context = multiprocessing.get_context("spawn")
+    pipe, far_end = context.Pipe()
+    context.Process(target=compete, args=(far_end, contestant, directory, texts), daemon=True).start()
+    return pipe
 
 
 def compete(pipe: Connection, contestant: Contestant, directory: Path, texts: list[str]) -> None:
@@ -148,9 +160,9 @@ def compete(pipe: Connection, contestant: Contestant, directory: Path, texts: li
     encode = encode_function(contestant.how, directory)
     pipe.send(encode(texts))
     while pipe.recv():
-        start = time.perf_counter()
+        begun = time.perf_counter()
         encode(texts)
-        pipe.send(time.perf_counter() - start)
+        pipe.send(time.perf_counter() - begun)
 
 
 def encode_function(how: str, directory: Path) -> Callable[[list[str]], Vectors]:
