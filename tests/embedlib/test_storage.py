@@ -63,3 +63,8 @@ def test_scratch_and_hidden_files_are_no_content(tmp_path: Path) -> None:
     for name in (".part.7", "_SUCCESS", "part"):
         (tmp_path / name).touch()
     assert [Path(file.path).name for file in Store.at(str(tmp_path)).files()] == ["part"]
+
+
+def test_a_name_tells_no_secret() -> None:
+    store = Store.at("s3://access:secretive@bucket/vectors?region=us-east-1")
+    assert str(store / "part.parquet") == "s3://bucket/vectors/part.parquet"

@@ -1,8 +1,6 @@
 """Embedding a corpus on a real local cluster: the vectors, their forms, the quarantine, the resume, the refusals."""
 
-import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from moto.server import ThreadedMotoServer
 
 from embedlib.encoder import Encoder
 from embedlib.errors import ArtifactError, ConfigError, DataError
@@ -123,44 +120,6 @@ def test_what_is_in_the_way_or_cannot_be_is_refused(
     write_part(Store.at(str(part)), pa.table({"id": [1]}), np.ones((1, 32), np.float16), NOTHING)
     with pytest.raises(ArtifactError, match=r"part-000000\.parquet: 1 vectors and {} quarantined; expected 64 rows"):
         embed(config_for(tmp_path / "lost", tiny_encoder, tiny_corpus))
-
-
-@pytest.fixture
-def bucket() -> Iterator[str]:
-    """Where a bucket of an S3 server on this machine lies, to be filled with a key."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    options = f"scheme=http&endpoint_override={host}:{port}&region=us-east-1&allow_bucket_creation=true"
-    yield f"s3://access:secretive@corpus/{{}}?{options}"
-    server.stop()
-
-
-def test_an_object_store_is_read_and_written(
-    ray_cluster: None, tiny_encoder: Path, tiny_corpus: Path, tmp_path: Path, bucket: str
-) -> None:
-    for number, name in enumerate(("in/a.parquet", "in/b.parquet")):
-        Store.at(bucket.format(name)).write(tiny_corpus.read_bytes() if number else lines_as_parquet(["one", None]))
-    values = {"input": bucket.format("in"), "output": bucket.format("out"), "columns": {}}
-    config = config_for(tmp_path, tiny_encoder, tiny_corpus, **values)
-    measured = embed(config).manifest.measurements
-    assert (measured["rows"], measured["quarantined"]) == (1 + pq.read_metadata(tiny_corpus).num_rows, {"null": 1})
-    output = Store.at(config.output)
-    before = (output / part_name(1)).read()
-    assert pq.read_table(io.BytesIO(before))["id"].to_pylist()[0] == 2
-    assert b"secretive" not in (output / "manifest.json").read()
-    output.filesystem.delete_file((output / part_name(1)).path)
-    output.filesystem.delete_file((output / "manifest.json").path)
-    embed(config)
-    assert pq.read_table(io.BytesIO((output / part_name(1)).read())).equals(pq.read_table(io.BytesIO(before)))
-    with pytest.raises(ConfigError, match="is no directory of this machine"):
-        embed(config.model_copy(update={"index": "faiss"}))
-
-
-def lines_as_parquet(texts: list[str | None]) -> bytes:
-    buffer = io.BytesIO()
-    pq.write_table(pa.table({"text": texts}), buffer)
-    return buffer.getvalue()
 
 
 def test_parts_are_plain_fixed_size_lists(tmp_path: Path) -> None:
