@@ -17,10 +17,20 @@ export RAY_worker_niceness=0
 export RAY_AUTH_MODE=token
 [ -n "${RAY_AUTH_TOKEN:-}" ] || ray get-auth-token --generate >/dev/null
 
-free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
-port=$(free_port)
-dashboard=$(free_port)
-agent=$(free_port)
+# Three free ports between Ray's own (up to 19999) and those that the kernel gives to connections (from 32768): one of
+# theirs could be taken before Ray, which needs seconds to start, binds it.
+read -r port dashboard agent < <(python - <<'EOF'
+import random
+import socket
+
+found = []
+for port in random.sample(range(20000, 32768), 100):
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", port)):
+            found.append(port)
+print(*found[:3])
+EOF
+)
 # Ray Data cannot resume where Ray counts two CPUs or fewer (Ray 2.60), so it is told of at least four.
 cores=$(python -c 'import os; print(max(4, os.cpu_count() or 1))')
 log=$(mktemp -t embedlib-ray.XXXXXX)
@@ -37,10 +47,13 @@ stop() {
 trap stop EXIT
 
 export RAY_ADDRESS="http://127.0.0.1:$dashboard"
-for _ in $(seq 120); do
-  ray job list >/dev/null 2>&1 && break
+# Jobs are run by the agent, which comes up last.
+up() { (exec 3<>"/dev/tcp/127.0.0.1/$agent") 2>/dev/null && ray job list >/dev/null 2>&1; }
+for _ in $(seq 240); do
+  up && break
   kill -0 "$head" 2>/dev/null || { cat "$log" >&2; exit 1; }
   sleep 0.5
 done
+up || { echo "Ray did not come up; its logs are below /tmp/ray/session_latest/logs" >&2; cat "$log" >&2; exit 1; }
 ray job submit --working-dir . --log-style=record --log-color=false -- "$@" 2>&1 \
   | grep --line-buffered -v -E '(INFO|SUCC|WARNING)[[:space:]](cli|sdk|dashboard_sdk|packaging|working_dir|job_manager)\.py|core_worker\.cc|^ *$'

@@ -1,6 +1,7 @@
 """From texts to vectors in the form that is asked for: prompts, long texts, backend, dimensions and number type."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -88,8 +89,13 @@ class TextEmbedder:
     def __init__(self, encoder: Encoder, config: EmbeddingConfig, ranges: npt.NDArray[np.float32] | None) -> None:
         self.encoder, self.config, self.ranges = encoder, config, ranges
         self.prefixes = [encoder.prompt(name) for name in config.prompts]
-        self.whole_texts = Tokenizer.from_str(encoder.tokenizer.to_str())
-        self.whole_texts.no_truncation()
+
+    @cached_property
+    def whole_texts(self) -> Tokenizer:
+        """The tokenizer that cuts nothing; a large one takes memory, so it is made where long texts are split."""
+        tokenizer = Tokenizer.from_str(self.encoder.tokenizer.to_str())
+        tokenizer.no_truncation()
+        return tokenizer
 
     @classmethod
     def load(

@@ -156,20 +156,20 @@ def train_step(
             vectors: torch.Tensor = state.model(**collate([batch.tokens[row] for row in rows]))
         return vectors.float()
 
-    targets = batch.targets.to(device)
+    backward = Backward(state.model, embed, batch.targets.to(device), batch.total_rows, loss)
     padded_tokens = sum(len(rows) * int(lengths[rows].max()) for rows in micro_batches)
     num_lanes = _num_lanes(state.model, device)
     if num_lanes > 1 and padded_tokens <= WHOLE_GRAPH_TOKENS:
         shares = [np.argsort(-lengths, kind="stable")[number::num_lanes] for number in range(num_lanes)]
         lanes = [[share[rows] for rows in token_budget_batches(lengths[share], batch_tokens)] for share in shares]
-        total_loss = _backward_in_lanes(state.model, embed, lanes, targets, batch.total_rows, loss)
+        total_loss = backward.in_lanes(lanes)
     elif not loss.couples_rows:
-        total_loss = _backward_by_row(state.model, embed, micro_batches, targets, batch.total_rows, loss)
+        total_loss = backward.by_row(micro_batches)
     # All processes must agree, or their exchanges would meet in different orders.
     elif all_reduce_max(padded_tokens, device) <= WHOLE_GRAPH_TOKENS:
-        total_loss = _backward_whole(state.model, embed, micro_batches, targets, batch.total_rows, loss)
+        total_loss = backward.whole(micro_batches)
     else:
-        total_loss = _backward_twice(state.model, embed, micro_batches, targets, batch.total_rows, loss)
+        total_loss = backward.twice(micro_batches)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(state.step, state.total_steps, state.config)
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), state.config.max_grad_norm)
@@ -180,7 +180,71 @@ def train_step(
 
 
 Embed = Callable[[npt.NDArray[np.int64]], torch.Tensor]
+"""Rows of a batch to their vectors (rows, dim)."""
 MicroBatches = list[npt.NDArray[np.int64]]
+
+
+class Backward(NamedTuple):
+    """Ways to the gradient of a batch's mean loss: each leaves it in the parameters and gives this process' loss."""
+
+    model: nn.Module
+    embed: Embed
+    targets: torch.Tensor
+    """Teacher vectors (rows, dim) of this process' rows."""
+    total_rows: int
+    """Rows of the batch over all processes."""
+    loss: LossConfig
+
+    def by_row(self, micro_batches: MicroBatches) -> float:
+        """Forward and backward of one micro-batch after another, for a loss that does not couple rows."""
+        total = 0.0
+        for rows in _exchanging_last(self.model, micro_batches):
+            scalar = distillation_loss(self.embed(rows), self.targets[rows], self.loss).sum() / self.total_rows
+            # DistributedDataParallel averages over processes; the rows' losses are to be added up.
+            (scalar * world_size()).backward()
+            total += scalar.item()
+        return total
+
+    def whole(self, micro_batches: MicroBatches) -> float:
+        """All forwards, then one backward: quickest where the activations of the batch fit into memory."""
+        parts = [self.embed(rows) for rows in _exchanging_last(self.model, micro_batches)]
+        joined = joined_loss(_in_batch_order(parts, micro_batches), self.targets, self.total_rows, self.loss)
+        (joined.whole * world_size()).backward()
+        return joined.own_part
+
+    def twice(self, micro_batches: MicroBatches) -> float:
+        """GradCache: all vectors without gradient, the loss's gradient by them, then each micro-batch again with it."""
+        with torch.no_grad():
+            parts = [self.embed(rows) for rows in micro_batches]
+        own_part, gradient = self._by_vectors(parts, micro_batches)
+        for rows in _exchanging_last(self.model, micro_batches):
+            ((self.embed(rows) * gradient[rows]).sum() * world_size()).backward()
+        return own_part
+
+    def in_lanes(self, lanes: Sequence[MicroBatches]) -> float:
+        """All forwards, then all backwards, each lane of micro-batches in a thread; for one process alone."""
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        parts = side_by_side(lambda lane: [self.embed(rows) for rows in lane], lanes, len(lanes))
+        detached = [part.detach() for lane in parts for part in lane]
+        own_part, gradient = self._by_vectors(detached, [rows for lane in lanes for rows in lane])
+
+        def backward(number: int) -> tuple[torch.Tensor | None, ...]:
+            # Not .backward(): threads must not add to the same gradient.
+            by_vectors = [gradient[rows] for rows in lanes[number]]
+            return torch.autograd.grad(parts[number], parameters, by_vectors, allow_unused=True)
+
+        by_lane = side_by_side(backward, range(len(lanes)), len(lanes))
+        for parameter, *gradients in zip(parameters, *by_lane, strict=True):
+            found = [each for each in gradients if each is not None]
+            parameter.grad = reduce(torch.add, found) if found else None
+        return own_part
+
+    def _by_vectors(self, parts: list[torch.Tensor], micro_batches: MicroBatches) -> tuple[float, torch.Tensor]:
+        """This process' part of the loss, and the loss's gradient by its vectors (rows, dim)."""
+        own = _in_batch_order(parts, micro_batches).requires_grad_(True)
+        joined = joined_loss(own, self.targets, self.total_rows, self.loss)
+        (gradient,) = torch.autograd.grad(joined.whole, own)
+        return joined.own_part, gradient
 
 
 def _num_lanes(model: nn.Module, device: torch.device) -> int:
@@ -188,85 +252,6 @@ def _num_lanes(model: nn.Module, device: torch.device) -> int:
     if device.type != "cpu" or world_size() > 1 or model.training:
         return 1
     return min(torch.get_num_threads(), MAX_LANES)
-
-
-def _backward_in_lanes(
-    model: nn.Module,
-    embed: Embed,
-    lanes: Sequence[MicroBatches],
-    targets: torch.Tensor,
-    total_rows: int,
-    loss: LossConfig,
-) -> float:
-    """All forwards, then all backwards, each lane in a thread of its own."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    parts = side_by_side(lambda lane: [embed(rows) for rows in lane], lanes, len(lanes))
-    micro_batches = [rows for lane in lanes for rows in lane]
-    own = _in_batch_order([part.detach() for lane in parts for part in lane], micro_batches)
-    joined = joined_loss(own.requires_grad_(True), targets, total_rows, loss)
-    (gradient,) = torch.autograd.grad(joined.whole, own)
-
-    def backward(number: int) -> tuple[torch.Tensor | None, ...]:
-        # Not .backward(): threads must not add to the same gradient.
-        by_vectors = [gradient[rows] for rows in lanes[number]]
-        return torch.autograd.grad(parts[number], parameters, by_vectors, allow_unused=True)
-
-    by_lane = side_by_side(backward, range(len(lanes)), len(lanes))
-    for parameter, *gradients in zip(parameters, *by_lane, strict=True):
-        found = [each for each in gradients if each is not None]
-        parameter.grad = reduce(torch.add, found) if found else None
-    return joined.own_part
-
-
-def _backward_by_row(
-    model: nn.Module,
-    embed: Embed,
-    micro_batches: MicroBatches,
-    targets: torch.Tensor,
-    total_rows: int,
-    loss: LossConfig,
-) -> float:
-    """Forward and backward of one micro-batch after another."""
-    total = 0.0
-    for rows in _exchanging_last(model, micro_batches):
-        scalar = distillation_loss(embed(rows), targets[rows], loss).sum() / total_rows
-        # DistributedDataParallel averages over processes; the rows' losses are to be added up.
-        (scalar * world_size()).backward()
-        total += scalar.item()
-    return total
-
-
-def _backward_whole(
-    model: nn.Module,
-    embed: Embed,
-    micro_batches: MicroBatches,
-    targets: torch.Tensor,
-    total_rows: int,
-    loss: LossConfig,
-) -> float:
-    """All forwards, then one backward: quickest where the activations of the batch fit into memory."""
-    parts = [embed(rows) for rows in _exchanging_last(model, micro_batches)]
-    joined = joined_loss(_in_batch_order(parts, micro_batches), targets, total_rows, loss)
-    (joined.whole * world_size()).backward()
-    return joined.own_part
-
-
-def _backward_twice(
-    model: nn.Module,
-    embed: Embed,
-    micro_batches: MicroBatches,
-    targets: torch.Tensor,
-    total_rows: int,
-    loss: LossConfig,
-) -> float:
-    """GradCache: all vectors without gradient, the loss's gradient by them, then each micro-batch again with it."""
-    with torch.no_grad():
-        own = _in_batch_order([embed(rows) for rows in micro_batches], micro_batches)
-    joined = joined_loss(own.requires_grad_(True), targets, total_rows, loss)
-    (gradient,) = torch.autograd.grad(joined.whole, own)
-    for rows in _exchanging_last(model, micro_batches):
-        ((embed(rows) * gradient[rows]).sum() * world_size()).backward()
-    return joined.own_part
 
 
 def _in_batch_order(parts: list[torch.Tensor], micro_batches: MicroBatches) -> torch.Tensor:
