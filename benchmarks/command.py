@@ -29,7 +29,8 @@ def read_rows(corpus: Path | None, num_rows: int) -> list[dict[str, str]]:
     columns = [name for name in ("text", "lang") if name in pq.read_schema(path).names]
     table = pq.read_table(path, columns=columns)
     order = np.random.default_rng(0).permutation(len(table))[:num_rows]
-    return [{"lang": "und"} | row for row in table.take(order).to_pylist() if row["text"] and row["text"].strip()]
+    rows = (row for row in table.take(order).to_pylist() if row["text"] and row["text"].strip())
+    return [row | {"lang": row.get("lang") or "und"} for row in rows]
 
 
 def read_texts(corpus: Path | None, num_texts: int) -> list[str]:

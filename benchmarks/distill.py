@@ -227,7 +227,7 @@ def read_corpus(corpus: Path | None, num_training: int) -> tuple[dict[str, list[
         sys.exit(f"{corpus}: {len(rows)} texts; a run needs {num_training}")
     by_language: dict[str, list[str]] = {}
     for row in rows:
-        by_language.setdefault(row["lang"] or "und", []).append(row["text"])
+        by_language.setdefault(row["lang"], []).append(row["text"])
     return by_language, [row["text"] for row in rows[:num_training]]
 
 

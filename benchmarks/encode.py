@@ -20,7 +20,6 @@ from statistics import median
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -28,11 +27,10 @@ from rich.table import Table
 from benchmarks.command import benchmark_parser, read_texts, write_result
 from benchmarks.machine import describe_machine, in_fresh_process, matmul_gflops
 from embedlib.backends import Agreement, BackendName, GateConfig, available_backends, load_encoder
-from embedlib.encoder import Encoder, default_device, load_model
+from embedlib.encoder import Encoder, Vectors, default_device, load_model
 from embedlib.pretrained import EMBEDDED_TEACHER, pretrained_directory
 from embedlib.wheels import cache_directory
 
-Vectors = npt.NDArray[np.float32]
 PROMPT = "query"
 GATE = GateConfig()
 # What a runtime may lose that calls itself lossless, and one that rounds to bfloat16.

@@ -138,7 +138,12 @@ class SampleOrder(NamedTuple):
 
 def share_of_rank(rows: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """This process' rows of a batch: dealt out by length, so that all processes have about as many tokens."""
-    return rows[np.argsort(-lengths, kind="stable")][rank() :: world_size()]
+    return rows[dealt(lengths, rank(), world_size())]
+
+
+def dealt(lengths: npt.NDArray[np.int64], number: int, num_shares: int) -> npt.NDArray[np.int64]:
+    """Indices of share `number`, longest first, where all shares get about as many tokens."""
+    return np.argsort(-lengths, kind="stable")[number::num_shares]
 
 
 def train_step(
@@ -160,7 +165,7 @@ def train_step(
     padded_tokens = sum(len(rows) * int(lengths[rows].max()) for rows in micro_batches)
     num_lanes = _num_lanes(state.model, device)
     if num_lanes > 1 and padded_tokens <= WHOLE_GRAPH_TOKENS:
-        shares = [np.argsort(-lengths, kind="stable")[number::num_lanes] for number in range(num_lanes)]
+        shares = [dealt(lengths, number, num_lanes) for number in range(num_lanes)]
         lanes = [[share[rows] for rows in token_budget_batches(lengths[share], batch_tokens)] for share in shares]
         total_loss = backward.in_lanes(lanes)
     elif not loss.couples_rows:

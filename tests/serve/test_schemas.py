@@ -11,7 +11,13 @@ from serve.schemas import EmbeddingsRequest, SimilarityRequest, TeiRequest, embe
 
 @pytest.mark.parametrize(
     ("value", "texts"),
-    [("one", ["one"]), (["a", "b"], ["a", "b"]), ([1, 2, 3], [[1, 2, 3]]), ([[1], [2, 3]], [[1], [2, 3]])],
+    [
+        ("one", ["one"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2, 3], [[1, 2, 3]]),
+        ([[1], [2, 3]], [[1], [2, 3]]),
+        ([[]], [[]]),  # a text of no tokens is refused by the model's door, with its number
+    ],
 )
 def test_all_forms_of_input(value: Any, texts: list[Any]) -> None:
     assert EmbeddingsRequest(input=value, model="m").texts == texts
@@ -22,7 +28,6 @@ def test_all_forms_of_input(value: Any, texts: list[Any]) -> None:
     [
         ({"input": []}, "input"),
         ({"input": ["a", 1]}, "input"),
-        ({"input": [[]]}, None),
         ({"input": [1, -1]}, "input"),
         ({"input": [True]}, "input"),
         ({"input": None}, "input"),
@@ -39,10 +44,7 @@ def test_all_forms_of_input(value: Any, texts: list[Any]) -> None:
         ({"model": None}, "model"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(values: dict[str, Any], where: str | None) -> None:
-    if where is None:  # a text of no tokens is refused by the model's door, with its number
-        EmbeddingsRequest.model_validate({"input": "a", "model": "m"} | values)
-        return
+def test_what_cannot_be_meant_is_refused(values: dict[str, Any], where: str) -> None:
     with pytest.raises(ValidationError, match=where):
         EmbeddingsRequest.model_validate({"input": "a", "model": "m"} | values)
 
