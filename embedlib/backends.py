@@ -65,7 +65,9 @@ class Agreement(NamedTuple):
     def of(cls, vectors: Vectors, reference: Vectors) -> "Agreement":
         """Of vectors (texts, dim) with the reference's for the same texts."""
         cosines = row_cosines(vectors, reference)
-        return cls(float(cosines.mean()), float(cosines.min()), top_k_overlap(vectors, reference, 10))
+        k = min(10, len(vectors) - 1)  # a text of a small sample has no more neighbours
+        overlap = top_k_overlap(vectors, reference, k) if k else 1.0
+        return cls(float(cosines.mean()), float(cosines.min()), overlap)
 
     def passes(self, gate: GateConfig) -> bool:
         """Whether they are near enough."""

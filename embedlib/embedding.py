@@ -1,7 +1,6 @@
 """From texts to vectors in the form that is asked for: prompts, long texts, backend, dimensions and number type."""
 
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -9,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from pydantic import Field
-from tokenizers import Tokenizer
 
 from embedlib.backends import (
     REFERENCE,
@@ -90,13 +88,6 @@ class TextEmbedder:
         self.encoder, self.config, self.ranges = encoder, config, ranges
         self.prefixes = [encoder.prompt(name) for name in config.prompts]
 
-    @cached_property
-    def whole_texts(self) -> Tokenizer:
-        """The tokenizer that cuts nothing; a large one takes memory, so it is made where long texts are split."""
-        tokenizer = Tokenizer.from_str(self.encoder.tokenizer.to_str())
-        tokenizer.no_truncation()
-        return tokenizer
-
     @classmethod
     def load(
         cls, directory: Path, config: EmbeddingConfig, prepared: Prepared, device: torch.device, cache: Path
@@ -143,14 +134,14 @@ class TextEmbedder:
         chunks = [
             [
                 prefixes[prompt] + chunk
-                for chunk in split_long(self.whole_texts, text, room[prompt], self.config.chunk_overlap)
+                for chunk in split_long(self.encoder.whole_texts, text, room[prompt], self.config.chunk_overlap)
             ]
             for text, prompt in texts
         ]
         return [chunk for row in chunks for chunk in row], np.array([len(row) for row in chunks])
 
     def _room(self, prefix: str) -> int:
-        room = self.encoder.max_seq_length - len(self.whole_texts.encode(prefix).ids)
+        room = self.encoder.max_seq_length - len(self.encoder.whole_texts.encode(prefix).ids)
         if room <= 2 * self.config.chunk_overlap:
             raise ConfigError(
                 f"chunk_overlap: {self.config.chunk_overlap}; expected less than half of the {room} tokens that this "

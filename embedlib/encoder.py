@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -157,6 +158,13 @@ class Encoder:
     def num_parameters(self) -> int:
         """Number of weights of the body."""
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @cached_property
+    def whole_texts(self) -> Tokenizer:
+        """The tokenizer that cuts nothing; a large one takes memory, so it is made where long texts are looked at."""
+        tokenizer = Tokenizer.from_str(self.tokenizer.to_str())
+        tokenizer.no_truncation()
+        return tokenizer
 
     def prompt(self, name: str | None) -> str:
         """The prefix called `name`; ConfigError where the model has no such prompt."""

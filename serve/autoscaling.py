@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ray.serve.config import AutoscalingContext
 
-QUEUED_TOKENS = "queued_tokens"
-"""What replicas report in `record_autoscaling_stats`."""
+QUEUED_TOKENS, BUSY = "queued_tokens", "busy"
+"""What replicas report in `record_autoscaling_stats`: tokens that wait, and the share of the time that they compute."""
+TARGET_BUSY = 0.8
 
 
 class QueuedTokens:
@@ -18,6 +19,12 @@ class QueuedTokens:
         self.target_tokens = target_tokens
 
     def __call__(self, context: "AutoscalingContext") -> tuple[int, dict[str, Any]]:
-        """The replicas wanted, at least one while any request is under way, and no state."""
-        waiting = sum((context.aggregated_metrics or {}).get(QUEUED_TOKENS, {}).values())
-        return max(math.ceil(waiting / self.target_tokens), context.total_num_requests > 0), {}
+        """The replicas wanted, at least one while any request is under way, and no state.
+
+        Those that keep up have no queue and are needed all the same: nobody leaves while the others would be too busy.
+        """
+        metrics = context.aggregated_metrics or {}
+        waiting, busy = (sum(metrics.get(name, {}).values()) for name in (QUEUED_TOKENS, BUSY))
+        needed = math.ceil(waiting / self.target_tokens)
+        kept = min(context.current_num_replicas, math.ceil(busy / TARGET_BUSY))
+        return max(needed, kept, context.total_num_requests > 0), {}

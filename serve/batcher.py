@@ -35,8 +35,10 @@ class BatcherConfig(Config):
     """Batches' worth of waiting sequences among which those of like length are found."""
     in_flight: int = Field(default=1, ge=1)
     """Batches that the model is given at once: 2 keep a GPU busy between them."""
+    max_wait_s: float = Field(default=1.0, gt=0)
+    """How long a request may expect to wait for others; one that would wait longer is turned away."""
     max_queued_tokens: int = Field(default=131_072, ge=1)
-    """Tokens that may wait; a request beyond that is turned away."""
+    """Tokens that may wait at all."""
 
 
 class OverloadedError(Exception):
@@ -99,6 +101,7 @@ class Batcher:
         self.forward, self.config, self.on_batch = forward, config, on_batch
         self.queued_tokens = 0
         self.tokens_per_s = 0.0
+        self.busy_s = 0.0
         self._queue: list[_Waiting] = []
         self._requests: set[_Request] = set()
         self._virtual_time = 0.0
@@ -130,9 +133,11 @@ class Batcher:
             raise TooManyTokensError(
                 f"{num_tokens} tokens; expected at most {self.config.max_queued_tokens} in a request"
             )
-        if self.queued_tokens + num_tokens > self.config.max_queued_tokens:
-            seconds = self.queued_tokens / self.tokens_per_s if self.tokens_per_s else 1.0
-            raise OverloadedError(self.queued_tokens, max(1, math.ceil(seconds)))
+        # Of every other request as much goes before as this one has itself: that is what equal shares mean.
+        before = sum(min(request.waiting_tokens, num_tokens) for request in self._requests)
+        wait_s = before / self.tokens_per_s if self.tokens_per_s else 0.0
+        if wait_s > self.config.max_wait_s or self.queued_tokens + num_tokens > self.config.max_queued_tokens:
+            raise OverloadedError(self.queued_tokens, max(1, math.ceil(wait_s)))
 
     async def run(self) -> None:
         """Feed the model until cancelled; then the batches in flight are awaited, and no other begins."""
@@ -201,4 +206,5 @@ class Batcher:
         rate = sum(lengths) / seconds
         self.tokens_per_s += (rate - self.tokens_per_s) * (RATE_WEIGHT if self.tokens_per_s else 1.0)
         waited = begun - min(waiting.request.arrived for waiting in batch)
+        self.busy_s += seconds
         self.on_batch(Batch(len(batch), sum(lengths), max(lengths), waited, seconds))

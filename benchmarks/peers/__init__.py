@@ -1,0 +1,1 @@
+"""Servers as their documentation shows them, to hold embedlib's against."""

