@@ -30,6 +30,8 @@ def connect() -> None:
         ray.init(logging_level=logging.WARNING)
         return
     require_token()
+    # On a machine of few cores a worker of low priority waits for every small task of Ray's own.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     cores = max(MIN_LOCAL_CPUS, os.cpu_count() or 1)
     ray.init("local", num_cpus=cores, include_dashboard=False, logging_level=logging.WARNING)
 

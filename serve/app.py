@@ -14,7 +14,6 @@ from pydantic import Field, ValidationError, model_validator
 from ray import serve
 
 from embedlib.errors import ConfigError
-from serve.batches import Source
 from serve.deployment import model_deployment
 from serve.gateway import NAME, GatewayConfig, gateway_deployment
 from serve.model import ModelConfig
@@ -28,6 +27,9 @@ class AppConfig(GatewayConfig):
 
     models: dict[str, ModelConfig] = Field(default={"full": ModelConfig(path=EMBEDDED)}, min_length=1)
     """Models by the name that clients give; the first answers where a client cannot name one."""
+
+    sample: str | None = None
+    """The sample of models that name none."""
 
     @model_validator(mode="before")
     @classmethod
@@ -50,14 +52,14 @@ def build_app(arguments: dict[str, Any]) -> serve.Application:
         config = AppConfig.model_validate(arguments)
     except ValidationError as error:
         raise ConfigError(str(error)) from error
-    models = {name: model.model_copy(update={"path": model_path(model.path)}) for name, model in config.models.items()}
-    gateway = GatewayConfig.model_validate(config.model_dump(exclude={"models"}))
+    models = {name: placed(model, config.sample) for name, model in config.models.items()}
+    gateway = GatewayConfig.model_validate(config.model_dump(exclude={"models", "sample"}))
     batches = gateway.batches.model_copy(update={"directory": here(gateway.batches.directory)})
     gateway = gateway.model_copy(update={"batches": batches, "keys": here(gateway.keys) if gateway.keys else None})
     return gateway_deployment(
         gateway,
         {name: model_deployment(name, model) for name, model in models.items()},
-        {name: Source(model.path, model.backend) for name, model in models.items()},
+        {name: model.path for name, model in models.items()},
         [name for name, model in models.items() if model.min_replicas == 0],
     )
 
@@ -67,6 +69,18 @@ def here(path: str | Path) -> Path:
     return Path(os.environ.get("EMBEDLIB_CWD", ".")).absolute() / Path(path).expanduser()
 
 
+def placed(model: ModelConfig, sample: str | None) -> ModelConfig:
+    """A model with whole paths, since replicas run elsewhere."""
+    sample = model.sample or sample
+    return model.model_copy(
+        update={
+            "path": model_path(model.path),
+            "sample": sample and str(here(sample)),
+            "calibration": model.calibration and str(here(model.calibration)),
+        }
+    )
+
+
 def model_path(path: str) -> str:
-    """A directory by its whole path, since replicas run elsewhere; a hub id or `pypi:` name as it is."""
+    """A directory by its whole path; a hub id or `pypi:` name as it is."""
     return str(here(path)) if here(path).is_dir() else path

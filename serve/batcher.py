@@ -29,12 +29,12 @@ RATE_WEIGHT = 0.2
 class BatcherConfig(Config):
     """How much is computed at once and how much may wait."""
 
-    batch_tokens: int = Field(default=2048, ge=1)
-    """Tokens of a batch; a longer sequence goes alone."""
+    batch_tokens: int = Field(default=1024, ge=1)
+    """Tokens of a batch; a longer sequence goes alone. A GPU is full at about 16384."""
     look_ahead: int = Field(default=4, ge=1)
     """Batches' worth of waiting sequences among which those of like length are found."""
-    in_flight: int = Field(default=1, ge=1)
-    """Batches that the model is given at once: 2 keep a GPU busy between them."""
+    in_flight: int = Field(default=2, ge=1)
+    """Batches that the model is given at once: with 2 it has the next one when it has done one."""
     max_wait_s: float = Field(default=1.0, gt=0)
     """How long a request may expect to wait for others; one that would wait longer is turned away."""
     max_queued_tokens: int = Field(default=131_072, ge=1)

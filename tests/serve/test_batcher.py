@@ -17,6 +17,7 @@ from serve.batcher import Batch, Batcher, BatcherConfig, OverloadedError, TooMan
 
 T = TypeVar("T")
 TOKENS_PER_S = 1000.0
+ONE_AT_A_TIME = {"in_flight": 1, "max_wait_s": 1e6}
 
 
 class SimulatedLoop(asyncio.SelectorEventLoop):
@@ -63,9 +64,9 @@ def texts(first: int, *lengths: int) -> list[TokenIds]:
 class Running:
     """A batcher at work on a model, for the length of a `with`."""
 
-    def __init__(self, **config: int) -> None:
+    def __init__(self, **config: float) -> None:
         self.model, self.seen = Model(), list[Batch]()
-        self.batcher = Batcher(self.model, BatcherConfig.model_validate(config), self.seen.append)
+        self.batcher = Batcher(self.model, BatcherConfig.model_validate(ONE_AT_A_TIME | config), self.seen.append)
 
     async def __aenter__(self) -> Batcher:
         self.task = asyncio.create_task(self.batcher.run())
@@ -239,3 +240,20 @@ def test_a_stuck_model_shows() -> None:
             await waiting
 
     simulate(main())
+
+
+def test_a_request_that_would_wait_too_long_is_turned_away_and_a_short_one_is_not() -> None:
+    async def main() -> tuple[list[object], float]:
+        async with Running(batch_tokens=100, max_wait_s=1.0) as batcher:
+            await batcher.embed(texts(0, 100))  # it has seen how fast the model is
+            start = asyncio.get_running_loop().time()
+            asked = asyncio.gather(*(batcher.embed(texts(0, 100)) for _ in range(12)), return_exceptions=True)
+            short = await finished_at(batcher, texts(0, 5)) - start
+            return list(await asked), short
+
+    answers, short = simulate(main())
+    refused = [number for number, answer in enumerate(answers) if isinstance(answer, OverloadedError)]
+    assert refused == [11]  # eleven go before it: 1.1 s
+    assert isinstance(answers[11], OverloadedError)
+    assert answers[11].retry_after_s == 2
+    assert short <= 0.3

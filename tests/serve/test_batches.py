@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import httpx2
@@ -121,6 +122,7 @@ def url(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     args = {"models": {"full": model}, "gateways": 1, "batches": {"inputs": [str(home)]}}
     app = {"name": "embedlib", "route_prefix": "/", "import_path": "serve.app:build_app", "args": args}
     config = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [app]}
+    (home / "token").write_text(token_hex(32))
     (home / "serve.yaml").write_text(yaml.safe_dump(config))
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -143,7 +145,7 @@ def url(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
                 time.sleep(0.5)
             yield f"http://127.0.0.1:{port}"
         finally:
-            os.killpg(process.pid, signal.SIGINT)
+            os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
             process.wait(60)
 
 

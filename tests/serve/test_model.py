@@ -36,7 +36,7 @@ def ask(server: ModelServer, *calls: Call) -> Sequence[Answer | Refusal]:
 
 
 def test_calls_at_once_each_get_their_own_vectors(tiny_encoder: Path, tiny_texts: list[str]) -> None:
-    server = load(tiny_encoder, batching=BatcherConfig(batch_tokens=64))
+    server = load(tiny_encoder, batching=BatcherConfig(batch_tokens=64, in_flight=1))
     shares = [tiny_texts[start::7] for start in range(7)]
     for texts, answer in zip(shares, ask(server, *map(Call, shares)), strict=True):
         assert isinstance(answer, Answer)
@@ -107,7 +107,7 @@ def test_calibration_comes_from_vectors_of_the_same_model(tiny_encoder: Path, tm
 
 def test_a_quick_backend_is_measured_before_it_serves(tiny_encoder: Path) -> None:
     with pytest.raises(ConfigError, match="sample: none"):
-        ModelServer.load(ModelConfig(path=str(tiny_encoder), backend="auto"), torch.device("cpu"))
+        ModelServer.load(ModelConfig(path=str(tiny_encoder), backend="openvino-float32"), torch.device("cpu"))
 
 
 def test_a_wedged_model_shows(tiny_encoder: Path) -> None:
