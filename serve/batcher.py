@@ -35,7 +35,7 @@ class BatcherConfig(Config):
     """Batches' worth of waiting sequences among which those of like length are found."""
     in_flight: int = Field(default=2, ge=1)
     """Batches that the model is given at once: with 2 it has the next one when it has done one."""
-    max_wait_s: float = Field(default=1.0, gt=0)
+    max_wait_s: float = Field(default=0.5, gt=0)
     """How long a request may expect to wait for others; one that would wait longer is turned away."""
     max_queued_tokens: int = Field(default=131_072, ge=1)
     """Tokens that may wait at all."""
@@ -72,6 +72,7 @@ class _Request:
         self.vectors: dict[int, Vectors] = {}
         self.num_sequences = len(sequences)
         self.waiting_tokens = sum(map(len, sequences))
+        self.longest = max(map(len, sequences))
         self.arrived = arrived
         self.done: asyncio.Future[Vectors] = asyncio.get_running_loop().create_future()
 
@@ -133,8 +134,8 @@ class Batcher:
             raise TooManyTokensError(
                 f"{num_tokens} tokens; expected at most {self.config.max_queued_tokens} in a request"
             )
-        # Of every other request as much goes before as this one has itself: that is what equal shares mean.
-        before = sum(min(request.waiting_tokens, num_tokens) for request in self._requests)
+        # Equal shares: of every other request as much goes before as this one has itself, and the text that is next.
+        before = sum(min(request.waiting_tokens, num_tokens + request.longest) for request in self._requests)
         wait_s = before / self.tokens_per_s if self.tokens_per_s else 0.0
         if wait_s > self.config.max_wait_s or self.queued_tokens + num_tokens > self.config.max_queued_tokens:
             raise OverloadedError(self.queued_tokens, max(1, math.ceil(wait_s)))

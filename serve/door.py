@@ -24,7 +24,8 @@ REQUEST_ID = re.compile(r"[\w.-]{1,64}")
 # pydantic also names the arms of a union, which clients know nothing of.
 PLAIN_KEY = re.compile(r"(?!str$|list$)[\w.-]+")
 MOST_PROBLEMS = 3
-CLIENT_GONE = 499
+HTTP_OK, CLIENT_GONE = 200, 499
+RATE_S = 1.0
 NOT_COUNTED = "other"
 """The path of requests to no route, of which there may be any number."""
 
@@ -56,6 +57,30 @@ class ApiError(Exception):
         return Response(body, self.status, headers, "application/json")
 
 
+class Pressure:
+    """How many requests may be under way: as many as are answered in `max_wait_s`, within bounds.
+
+    What waits for this process itself, or on its way to a replica, no replica's queue can see.
+    """
+
+    def __init__(self, least: int, most: int, max_wait_s: float) -> None:
+        self.least, self.most, self.max_wait_s = least, most, max_wait_s
+        self.under_way = self.answered = 0
+        self.rate, self.since = 0.0, time.monotonic()
+
+    @property
+    def limit(self) -> int:
+        """Requests that may be under way."""
+        return int(min(self.most, max(self.least, self.rate * self.max_wait_s)))
+
+    def count_answer(self, now: float) -> None:
+        """Count a success; the rate follows a rise at once and a fall by halves."""
+        self.answered += 1
+        if (seconds := now - self.since) >= RATE_S:
+            self.rate = max(self.answered / seconds, self.rate / 2)
+            self.answered, self.since = 0, now
+
+
 class Door:
     """ASGI middleware around the whole API."""
 
@@ -63,13 +88,12 @@ class Door:
         self,
         app: ASGIApp,
         metrics: GatewayMetrics,
-        max_under_way: int,
+        pressure: Pressure,
         max_body_bytes: Callable[[str], int],
     ) -> None:
         """`max_body_bytes` tells what a path takes."""
         self.app, self.metrics = app, metrics
-        self.max_under_way, self.max_body_bytes = max_under_way, max_body_bytes
-        self.under_way = 0
+        self.pressure, self.max_body_bytes = pressure, max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or turn it away."""
@@ -90,7 +114,7 @@ class Door:
                 status = message["status"]
             await send(message)
 
-        self.under_way += 1
+        self.pressure.under_way += 1
         try:
             limit = self.max_body_bytes(scope["path"])
             try:
@@ -103,8 +127,10 @@ class Door:
             status = CLIENT_GONE
             raise
         finally:
-            self.under_way -= 1
+            self.pressure.under_way -= 1
             seconds = time.monotonic() - begun
+            if status == HTTP_OK:
+                self.pressure.count_answer(begun + seconds)
             path = getattr(scope.get("route"), "path", NOT_COUNTED)
             client = getattr(scope["state"]["client"], "name", "")
             self.metrics.requests.labels(path, str(status), client).inc()
@@ -112,8 +138,8 @@ class Door:
             log.info("%s %s %s %s %d %.0f ms", request_id, client or "-", scope["method"], path, status, 1000 * seconds)
 
     def _admit(self, headers: Headers, limit: int) -> None:
-        if self.under_way > self.max_under_way:
-            raise ApiError(503, f"{self.max_under_way} requests are under way", "overloaded", retry_after_s=1)
+        if self.pressure.under_way > self.pressure.limit:
+            raise ApiError(503, f"{self.pressure.limit} requests are under way", "overloaded", retry_after_s=1)
         if (origin := headers.get("origin")) and origin.split("://")[-1] != headers.get("host"):
             raise ApiError(403, f"origin {origin}: another site's page may not use this service", "foreign_origin")
         if headers.get("content-encoding", "identity") != "identity":

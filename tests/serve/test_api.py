@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serve.api import LimitsConfig
 from serve.auth import Key, hash_key
 from serve.calls import Call, Refusal
+from serve.door import Pressure
 from tests.serve.conftest import LIMITS, LocalModel, application
 
 TEXTS = ["the cat is small", "das Haus ist hier", "水很小", "моя кошка здесь"]
@@ -263,16 +264,29 @@ def test_a_model_that_takes_too_long_is_given_up(compressed: LocalModel) -> None
 
 
 def test_a_gateway_with_its_hands_full_turns_requests_away_unread(full: LocalModel, compressed: LocalModel) -> None:
-    limits = LimitsConfig(max_under_way=1)
-    app = application(full, compressed, limits=limits)
+    app = application(full, compressed, limits=LimitsConfig(min_under_way=1, max_under_way=1))
     with TestClient(app) as client:
         assert client.get("/health").status_code == 200
-        door = app.middleware_stack
-        while not hasattr(door, "under_way"):
-            door = door.app  # type: ignore[union-attr]
-        door.under_way = 1
+        door: Any = app.middleware_stack
+        while not hasattr(door, "pressure"):
+            door = door.app
+        door.pressure.under_way = 1
         answer = client.get("/health")
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+
+
+def test_a_gateway_holds_what_it_answers_in_the_time_that_a_request_may_wait() -> None:
+    pressure = Pressure(least=10, most=1000, max_wait_s=0.5)
+    now = pressure.since
+    assert pressure.limit == 10
+    for number in range(400):
+        pressure.count_answer(now + number / 100)  # a hundred a second
+    assert 48 <= pressure.limit <= 52
+    pressure.count_answer(now + 60)
+    assert 24 <= pressure.limit <= 26
+    for number in range(10_000):
+        pressure.count_answer(now + 61 + number / 5000)
+    assert pressure.limit == 1000
 
 
 def test_metrics_tell_what_the_issue_asks_for(client: TestClient) -> None:
