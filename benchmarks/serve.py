@@ -286,7 +286,7 @@ def show(results: dict[str, dict[str, Any]], console: Console) -> None:
     found = results["overload"]
     growth = found["memory_after"] / found["memory_before"] - 1
     console.print(
-        f"With {OVERLOAD} times the requests under way: {found['statuses']}, {found['untyped']} of them neither answers "
+        f"With {OVERLOAD} times as many under way: {found['statuses']}, {found['untyped']} of them neither answers "
         f"nor typed errors; p50 of the answers {found['p50_ms']:.0f} ms, p99 {found['p99_ms']:.0f} ms; memory "
         f"{growth:+.1%}; normal again after {found['recovery_s']:.1f} s"
     )
