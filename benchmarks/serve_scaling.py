@@ -13,20 +13,19 @@ import threading
 import time
 import urllib.request
 from pathlib import Path
-from typing import Any
 
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.command import benchmark_parser, read_texts, write_result
 from benchmarks.machine import describe_machine
-from benchmarks.serve import ROOT, Server, running
+from benchmarks.serve import ROOT, Server, application, running
 
 HIGH_S, QUICK_HIGH_S = 40.0, 20.0
 CALM_S = 60.0
 DOWNSCALE_DELAY_S = 10.0
 UNDER_WAY = 128
-MAX_REPLICAS = 2
+MAX_REPLICAS, TARGET_TOKENS = 2, 1024
 URL = "http://127.0.0.1:8000"
 
 
@@ -40,7 +39,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         texts, config = Path(folder) / "texts.json", Path(folder) / "serve.yaml"
         texts.write_text(json.dumps(read_texts(options.corpus, 2000)))
-        config.write_text(yaml.safe_dump(application(options.student.absolute())))
+        model = {"path": str(options.student.absolute()), "num_threads": 1, "max_replicas": MAX_REPLICAS}
+        model |= {"target_tokens": TARGET_TOKENS, "downscale_delay_s": DOWNSCALE_DELAY_S}
+        config.write_text(
+            yaml.safe_dump(application("serve.app:build_app", {"models": {"compressed": model}, "gateways": 1}))
+        )
         command = [str(ROOT / "cluster" / "local.sh"), "serve", "run", str(config)]
         with running(Server("scaling", command, 8000, {}, "/ready")):
             samples = watch(texts, high_s)
@@ -54,14 +57,6 @@ def main() -> None:
     if options.plot:
         draw(samples, high_s, options.plot)
     write_result(options.json, {"machine": describe_machine(), "runs": samples, "ratios": ratios})
-
-
-def application(student: Path) -> dict[str, Any]:
-    """Ray Serve's configuration: a model of one to two replicas, a core each."""
-    model = {"path": str(student), "num_threads": 1, "max_replicas": MAX_REPLICAS, "target_tokens": 1024}
-    args = {"models": {"compressed": model | {"downscale_delay_s": DOWNSCALE_DELAY_S}}, "gateways": 1}
-    app = {"name": "embedlib", "route_prefix": "/", "import_path": "serve.app:build_app", "args": args}
-    return {"http_options": {"host": "127.0.0.1"}, "applications": [app]}
 
 
 def watch(texts: Path, high_s: float) -> list[tuple[float, int, float]]:

@@ -15,12 +15,15 @@ export PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0 RAY_ACCEL_ENV_VAR_OVERRIDE_O
 export RAY_worker_niceness=0
 # Explicitly: `ray start` and `ray job submit` must agree, whatever token files there are.
 export RAY_AUTH_MODE=token
-# For Ray Serve: HAProxy instead of Python before the gateways, one event loop a replica, gRPC between them: of 18 ms of
-# CPU a request 5 are left. A request whose gateway dies is given to another; embedding it twice does no harm.
-export RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_THROUGHPUT_OPTIMIZED=1
-export RAY_SERVE_HAPROXY_RETRY_ON="conn-failure empty-response"
-# Without HAProxy: what Ray Serve's own proxy says is said in the shape of all other errors.
+# For Ray Serve: one event loop a replica, gRPC between them, and its own errors in the shape of all others. HAProxy
+# before the gateways, which gives a request whose gateway dies to another, if it fits its buffer - but only where a
+# configuration file says on which address: without one, Ray Serve with HAProxy listens on all.
+export RAY_SERVE_THROUGHPUT_OPTIMIZED=1 RAY_SERVE_ENABLE_DIRECT_INGRESS=0
 export RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.proxy:middlewares
+if [[ "$*" == serve\ run\ *.yaml ]]; then
+  export RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_ENABLE_DIRECT_INGRESS=1
+  export RAY_SERVE_HAPROXY_RETRY_ON="conn-failure empty-response" RAY_SERVE_HAPROXY_TUNE_BUFSIZE=131072
+fi
 [ -n "${RAY_AUTH_TOKEN:-}" ] || ray get-auth-token --generate >/dev/null
 
 # Five free ports between Ray's own (up to 19999) and those that the kernel gives to connections (from 32768): one of

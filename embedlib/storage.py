@@ -11,6 +11,16 @@ from pyarrow import fs
 from embedlib.errors import ArtifactError, DataError
 
 
+def user_directory() -> Path:
+    """Where the user typed the command: a submitted job runs in a copy of the checkout."""
+    return Path(os.environ.get("EMBEDLIB_CWD", ".")).absolute()
+
+
+def user_path(path: str) -> str:
+    """`path` as the user meant it: a URI as it is, a relative path from where the command was typed."""
+    return path if "://" in path else str(user_directory() / Path(path).expanduser())
+
+
 class Store(NamedTuple):
     """A directory, or a file, on some filesystem."""
 

@@ -46,9 +46,9 @@ from embedlib.sources import (
     read_part,
     rejected_table,
 )
-from embedlib.storage import Store
+from embedlib.storage import Store, user_directory, user_path
 from embedlib.wheels import cache_directory
-from jobs.runtime import Progress, connect, cpu_processes, num_gpus, own_errors, quiet, user_directory, user_path
+from jobs.runtime import Progress, connect, cpu_processes, num_gpus, own_errors, quiet
 
 INDEX_NAME = "index.faiss"
 CALIBRATION_TEXTS = 4096

@@ -93,16 +93,6 @@ def own_errors() -> Iterator[None]:
         raise kind(str(cause.args[0] if cause.args else cause)) from error
 
 
-def user_directory() -> Path:
-    """Where the user typed the command: a submitted job runs in a copy of the checkout."""
-    return Path(os.environ.get("EMBEDLIB_CWD", ".")).absolute()
-
-
-def user_path(path: str) -> str:
-    """`path` as the user meant it: a URI as it is, a relative path from where the command was typed."""
-    return path if "://" in path else str(user_directory() / Path(path).expanduser())
-
-
 class Progress:
     """Prints now and then how far, how fast and the time left; in lines, because a submitted job has no terminal."""
 

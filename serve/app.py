@@ -6,7 +6,6 @@ Flat keys, as the command line has them, name models by their path; everything e
 which cluster/serve.yaml is an example.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 from ray import serve
 
 from embedlib.errors import ConfigError
+from embedlib.storage import user_path
 from serve.deployment import model_deployment
 from serve.gateway import NAME, GatewayConfig, gateway_deployment
 from serve.model import ModelConfig
@@ -54,8 +54,10 @@ def build_app(arguments: dict[str, Any]) -> serve.Application:
         raise ConfigError(str(error)) from error
     models = {name: placed(model, config.sample) for name, model in config.models.items()}
     gateway = GatewayConfig.model_validate(config.model_dump(exclude={"models", "sample"}))
-    batches = gateway.batches.model_copy(update={"directory": here(gateway.batches.directory)})
-    gateway = gateway.model_copy(update={"batches": batches, "keys": here(gateway.keys) if gateway.keys else None})
+    batches = gateway.batches.model_copy(update={"directory": Path(user_path(str(gateway.batches.directory)))})
+    gateway = gateway.model_copy(
+        update={"batches": batches, "keys": Path(user_path(str(gateway.keys))) if gateway.keys else None}
+    )
     return gateway_deployment(
         gateway,
         {name: model_deployment(name, model) for name, model in models.items()},
@@ -64,23 +66,18 @@ def build_app(arguments: dict[str, Any]) -> serve.Application:
     )
 
 
-def here(path: str | Path) -> Path:
-    """`path` as the user meant it, from where the command was typed: a submitted job runs in a copy of the checkout."""
-    return Path(os.environ.get("EMBEDLIB_CWD", ".")).absolute() / Path(path).expanduser()
-
-
 def placed(model: ModelConfig, sample: str | None) -> ModelConfig:
     """A model with whole paths, since replicas run elsewhere."""
     sample = model.sample or sample
     return model.model_copy(
         update={
             "path": model_path(model.path),
-            "sample": sample and str(here(sample)),
-            "calibration": model.calibration and str(here(model.calibration)),
+            "sample": sample and user_path(sample),
+            "calibration": model.calibration and user_path(model.calibration),
         }
     )
 
 
 def model_path(path: str) -> str:
     """A directory by its whole path; a hub id or `pypi:` name as it is."""
-    return str(here(path)) if here(path).is_dir() else path
+    return user_path(path) if Path(user_path(path)).is_dir() else path

@@ -16,7 +16,7 @@ from functools import cache
 from itertools import groupby
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -66,8 +66,10 @@ class BatchConfig(Config):
     """Bytes of an uploaded file."""
     max_active: int = Field(default=4, ge=1)
     """Batches of a client that may be under way."""
-    inputs: list[str] = Field(default_factory=list)
-    """What the URIs of inputs that were not uploaded must begin with; none: only uploaded files."""
+    max_client_bytes: int = Field(default=2_000_000_000, ge=1)
+    """Bytes of all files that a client has uploaded and not deleted."""
+    inputs: list[Annotated[str, Field(pattern="/$")]] = Field(default_factory=list)
+    """Directories, as paths or URIs, of which inputs need not be uploaded; none: only uploaded files."""
 
 
 class BatchRequest(Config):
@@ -149,6 +151,10 @@ class Batches:
             file = form.get("file")
             if not isinstance(file, UploadFile):
                 raise ApiError(422, "file: expected an uploaded file", "invalid_body", "file")
+            kept = await asyncio.to_thread(self._kept_bytes, client_name(request))
+            if kept + (file.size or 0) > self.config.max_client_bytes:
+                message = f"file: {kept} bytes are kept already; expected at most {self.config.max_client_bytes} in all"
+                raise ApiError(413, message, "too_many_bytes", "file")
             record = {
                 "id": f"file-{token_hex(12)}",
                 "object": "file",
@@ -160,6 +166,10 @@ class Batches:
             }
             await asyncio.to_thread(self._keep, file, record)
         return shown(record)
+
+    def _kept_bytes(self, client: str) -> int:
+        records = (json.loads(path.read_text()) for path in self.files.glob("*.json"))
+        return sum(int(record["bytes"]) for record in records if record["client"] == client)
 
     def _keep(self, file: UploadFile, record: dict[str, Any]) -> None:
         self.files.mkdir(parents=True, exist_ok=True)
@@ -208,6 +218,12 @@ class Batches:
         if len(await asyncio.to_thread(self._active, request)) >= self.config.max_active:
             message = f"{self.config.max_active} batches are under way; expected no more at once"
             raise ApiError(429, message, "too_many_batches", retry_after_s=60)
+        # To its end, even if the client goes away: a job without a record could be neither seen nor stopped.
+        record = await asyncio.shield(asyncio.create_task(self._begin(wanted, request)))
+        return shown(await asyncio.to_thread(self._state, record))
+
+    async def _begin(self, wanted: BatchRequest, request: Request) -> dict[str, Any]:
+        """The record of a batch whose job is submitted."""
         batch_id = f"batch-{token_hex(12)}"
         directory = self.batches / batch_id
         directory.mkdir(parents=True)
@@ -215,21 +231,22 @@ class Batches:
             form, counts, run = await self._rows(wanted, request, directory)
             run |= await self._how(form)
             (directory / "run.yaml").write_text(yaml.safe_dump(run | {"output": str(directory / "vectors")}))
+            fields = {"input_file_id", "endpoint", "completion_window", "metadata", "input"}
+            record = wanted.model_dump(include=fields) | {
+                "id": batch_id,
+                "object": "batch",
+                "created_at": int(time.time()),
+                "client": client_name(request),
+                "form": form._asdict(),
+                "counts": counts,
+            }
+            write_record(directory / "batch.json", record)
             with jobs() as cluster:
                 await asyncio.to_thread(submit, cluster, batch_id, directory / "run.yaml")
-        except ApiError:
+        except Exception:
             await asyncio.to_thread(shutil.rmtree, directory)
             raise
-        record = wanted.model_dump(include={"input_file_id", "endpoint", "completion_window", "metadata", "input"}) | {
-            "id": batch_id,
-            "object": "batch",
-            "created_at": int(time.time()),
-            "client": client_name(request),
-            "form": form._asdict(),
-            "counts": counts,
-        }
-        write_record(directory / "batch.json", record)
-        return shown(await asyncio.to_thread(self._state, record))
+        return record
 
     async def _rows(
         self, wanted: BatchRequest, request: Request, directory: Path
@@ -242,7 +259,7 @@ class Batches:
             keep = ["custom_id", "request", "texts"]
             return form, counts, {"input": str(directory / "rows.parquet"), "columns": {"keep": keep}}
         uri, model = str(wanted.input), str(wanted.model)
-        if not uri.startswith(tuple(self.config.inputs)) or ".." in uri or "?" in uri:
+        if not uri.startswith(tuple(self.config.inputs)) or re.search(r"[.]{2}|[?%]", uri):
             allowed = ", ".join(self.config.inputs) or "uploaded files alone"
             raise ApiError(403, f"input {uri!r}: this service reads {allowed}", "input_not_allowed", "input")
         form = Form(model, None, "float", "float", wanted.input_type)
@@ -305,8 +322,8 @@ class Batches:
         """The record of a batch with what its job and its files say."""
         directory = self.batches / record["id"]
         manifest = directory / "vectors" / "manifest.json"
-        ended = ("completed", int(manifest.stat().st_mtime)) if manifest.is_file() else job_status(record["id"])
-        status, ended_at = ended
+        done = ("completed", int(manifest.stat().st_mtime), None)
+        status, ended_at, problem = done if manifest.is_file() else job_status(record["id"])
         completed = status == "completed"
         counts = request_counts(directory, record["counts"], completed)
         return (
@@ -317,7 +334,7 @@ class Batches:
                 "output_file_id": record["id"] + OUTPUT if completed else None,
                 "error_file_id": record["id"] + ERRORS if completed and counts["failed"] else None,
                 "request_counts": counts,
-                "errors": None,
+                "errors": problem and {"object": "list", "data": [{"code": "job_failed", "message": problem}]},
                 "output": str(manifest.parent) if completed else None,
             }
         )
@@ -485,14 +502,15 @@ def submit(cluster: JobSubmissionClient, batch_id: str, run: Path) -> None:
     )
 
 
-def job_status(batch_id: str) -> tuple[str, int | None]:
-    """What OpenAI's API calls the state of this job, and when it ended."""
+def job_status(batch_id: str) -> tuple[str, int | None, str | None]:
+    """What OpenAI's API calls the state of this job, when it ended, and why it failed."""
     try:
         with jobs() as cluster:
             found = cluster.get_job_info(batch_id)
-    except RuntimeError:  # Ray forgets jobs
-        return "failed", None
-    return STATUS_OF[found.status], found.end_time and found.end_time // 1000
+    except RuntimeError:
+        return "failed", None, "the cluster has forgotten this job"
+    problem = found.message if found.status == JobStatus.FAILED else None
+    return STATUS_OF[found.status], found.end_time and found.end_time // 1000, problem
 
 
 def batch_of(file_id: str) -> str | None:

@@ -25,6 +25,8 @@ REQUEST_ID = re.compile(r"[\w.-]{1,64}")
 PLAIN_KEY = re.compile(r"(?!str$|list$)[\w.-]+")
 MOST_PROBLEMS = 3
 HTTP_OK, CLIENT_GONE = 200, 499
+ALWAYS = ("/health", "/ready", "/metrics")
+"""Paths of those who watch: they are let in when all else is turned away."""
 RATE_S = 1.0
 NOT_COUNTED = "other"
 """The path of requests to no route, of which there may be any number."""
@@ -114,11 +116,14 @@ class Door:
                 status = message["status"]
             await send(message)
 
-        self.pressure.under_way += 1
+        counted = scope["path"] not in ALWAYS
+        self.pressure.under_way += counted
         try:
             limit = self.max_body_bytes(scope["path"])
             try:
-                self._admit(headers, limit)
+                if counted:
+                    self._check_pressure()
+                self._check_headers(headers, limit)
             except ApiError as error:
                 await error.response()(scope, receive, tell)
             else:
@@ -127,9 +132,9 @@ class Door:
             status = CLIENT_GONE
             raise
         finally:
-            self.pressure.under_way -= 1
+            self.pressure.under_way -= counted
             seconds = time.monotonic() - begun
-            if status == HTTP_OK:
+            if counted and status == HTTP_OK:
                 self.pressure.count_answer(begun + seconds)
             path = getattr(scope.get("route"), "path", NOT_COUNTED)
             client = getattr(scope["state"]["client"], "name", "")
@@ -137,9 +142,11 @@ class Door:
             self.metrics.seconds.labels(path).observe(seconds)
             log.info("%s %s %s %s %d %.0f ms", request_id, client or "-", scope["method"], path, status, 1000 * seconds)
 
-    def _admit(self, headers: Headers, limit: int) -> None:
+    def _check_pressure(self) -> None:
         if self.pressure.under_way > self.pressure.limit:
             raise ApiError(503, f"{self.pressure.limit} requests are under way", "overloaded", retry_after_s=1)
+
+    def _check_headers(self, headers: Headers, limit: int) -> None:
         if (origin := headers.get("origin")) and origin.split("://")[-1] != headers.get("host"):
             raise ApiError(403, f"origin {origin}: another site's page may not use this service", "foreign_origin")
         if headers.get("content-encoding", "identity") != "identity":

@@ -8,6 +8,9 @@ import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,7 +19,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 import torch
 from prometheus_client import CollectorRegistry, Metric
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from embedlib.artifact import MANIFEST_NAME, fingerprint, model_fingerprint, parse_manifest
 from embedlib.backends import REFERENCE, BackendName, GateConfig
@@ -239,11 +242,13 @@ def prepared_once(
     directory: Path, model: str, wanted: EmbeddingConfig, texts: Sequence[str], device: torch.device
 ) -> Prepared:
     """What `prepare` settles, kept in the cache of this machine: a replica that starts under load need not measure."""
-    machine = [str(device), torch.get_num_threads()]
+    versions = [version(name) for name in ("embedlib", "torch", "openvino", "onnxruntime") if find_spec(name)]
+    machine = [str(device), torch.get_num_threads(), dict(torch.cpu.get_capabilities()), versions]
     mark = fingerprint(model=model, wanted=wanted.model_dump(mode="json"), texts=list(texts), machine=machine)
     store = Store.at(str(cache_directory() / "prepared" / f"{mark[:16]}.json"))
-    if known := store.read_json():
-        return Prepared.model_validate(known)
+    with suppress(ValidationError):  # of another version
+        if known := store.read_json():
+            return Prepared.model_validate(known)
     prepared = prepare(directory, wanted, texts, device, cache_directory())
     store.write_json(prepared.model_dump())
     return prepared

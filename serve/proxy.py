@@ -1,4 +1,4 @@
-"""What Ray Serve's HTTP proxy says by itself, in the shape of all other errors.
+"""What Ray Serve says by itself, in the shape of all other errors.
 
 A request whose gateway dies gets no answer from it, or a line of plain text; clients that retry typed errors would give
 up. Ray Serve loads this where RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH is `serve.proxy:middlewares`.
@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.door import ApiError
 
-LOST = ApiError(503, "the process that had this request is gone; try again in 1 s", "lost", retry_after_s=1)
+LOST = ApiError(503, "no process of this service could answer; try again in 1 s", "unavailable", retry_after_s=1)
 OWN_STATUSES = (500, 503)
 
 

@@ -266,13 +266,14 @@ def test_a_model_that_takes_too_long_is_given_up(compressed: LocalModel) -> None
 def test_a_gateway_with_its_hands_full_turns_requests_away_unread(full: LocalModel, compressed: LocalModel) -> None:
     app = application(full, compressed, limits=LimitsConfig(min_under_way=1, max_under_way=1))
     with TestClient(app) as client:
-        assert client.get("/health").status_code == 200
+        assert post(client).status_code == 200
         door: Any = app.middleware_stack
         while not hasattr(door, "pressure"):
             door = door.app
         door.pressure.under_way = 1
-        answer = client.get("/health")
+        answer = post(client)
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        assert client.get("/health").status_code == client.get("/metrics").status_code == 200
 
 
 def test_a_gateway_holds_what_it_answers_in_the_time_that_a_request_may_wait() -> None:

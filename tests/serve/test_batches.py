@@ -119,7 +119,7 @@ def url(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         port = probe.getsockname()[1]
     home = tmp_path_factory.mktemp("serve")
     model = {"path": str(tiny_encoder), "backend": "torch-float32", "num_threads": 1}
-    args = {"models": {"full": model}, "gateways": 1, "batches": {"inputs": [str(home)]}}
+    args = {"models": {"full": model}, "gateways": 1, "batches": {"inputs": [f"{home}/"]}}
     app = {"name": "embedlib", "route_prefix": "/", "import_path": "serve.app:build_app", "args": args}
     config = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [app]}
     (home / "token").write_text(token_hex(32))
