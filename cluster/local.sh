@@ -18,7 +18,7 @@ export RAY_AUTH_MODE=token
 # For Ray Serve: one event loop a replica, gRPC between them, and its own errors in the shape of all others. HAProxy
 # before the gateways, which gives a request whose gateway dies to another, if it fits its buffer - but only where a
 # configuration file says on which address: without one, Ray Serve with HAProxy listens on all.
-export RAY_SERVE_THROUGHPUT_OPTIMIZED=1 RAY_SERVE_ENABLE_DIRECT_INGRESS=0
+export RAY_SERVE_THROUGHPUT_OPTIMIZED=1 RAY_SERVE_ENABLE_DIRECT_INGRESS=0 RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE=1
 export RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.proxy:middlewares
 if [[ "$*" == serve\ run\ *.yaml ]]; then
   export RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_ENABLE_DIRECT_INGRESS=1

@@ -322,8 +322,9 @@ class Batches:
         """The record of a batch with what its job and its files say."""
         directory = self.batches / record["id"]
         manifest = directory / "vectors" / "manifest.json"
-        done = ("completed", int(manifest.stat().st_mtime), None)
-        status, ended_at, problem = done if manifest.is_file() else job_status(record["id"])
+        status, ended_at, problem = (
+            ("completed", int(manifest.stat().st_mtime), None) if manifest.is_file() else job_status(record["id"])
+        )
         completed = status == "completed"
         counts = request_counts(directory, record["counts"], completed)
         return (
@@ -495,11 +496,14 @@ def submit(cluster: JobSubmissionClient, batch_id: str, run: Path) -> None:
     """Have the cluster run the embedding job: from the copy of the code that this gateway runs from, if it has one."""
     copy = ray.get_runtime_context().runtime_env.get("working_dir")
     script = EMBED_JOB if copy else str(CODE / EMBED_JOB)
-    cluster.submit_job(
-        entrypoint=shlex.join([sys.executable, script, str(run)]),
-        submission_id=batch_id,
-        runtime_env={"working_dir": copy} if copy else None,
-    )
+    try:
+        cluster.submit_job(
+            entrypoint=shlex.join([sys.executable, script, str(run)]),
+            submission_id=batch_id,
+            runtime_env={"working_dir": copy} if copy else None,
+        )
+    except RuntimeError as error:  # as when no agent that runs jobs is there
+        raise ApiError(503, f"the cluster takes no jobs: {error}", "no_jobs", retry_after_s=5) from error
 
 
 def job_status(batch_id: str) -> tuple[str, int | None, str | None]:
