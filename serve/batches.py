@@ -487,9 +487,18 @@ def _cluster() -> JobSubmissionClient:
 def jobs() -> Iterator[JobSubmissionClient]:
     """The jobs of the cluster that this gateway is on; ApiError where they cannot be reached."""
     try:
-        yield _cluster()
+        cluster = _cluster()
+    except Exception as error:  # whatever it is: there is no way to it now
+        raise no_jobs(error) from error
+    try:
+        yield cluster
     except (ConnectionError, AuthenticationError, ValueError) as error:
-        raise ApiError(503, f"the cluster takes no jobs: {error}", "no_jobs", retry_after_s=5) from error
+        raise no_jobs(error) from error
+
+
+def no_jobs(error: Exception) -> ApiError:
+    """The answer where the cluster cannot be asked to run or to show a job."""
+    return ApiError(503, f"the cluster takes no jobs: {error}", "no_jobs", retry_after_s=5)
 
 
 def submit(cluster: JobSubmissionClient, batch_id: str, run: Path) -> None:
@@ -503,7 +512,7 @@ def submit(cluster: JobSubmissionClient, batch_id: str, run: Path) -> None:
             runtime_env={"working_dir": copy} if copy else None,
         )
     except RuntimeError as error:  # as when no agent that runs jobs is there
-        raise ApiError(503, f"the cluster takes no jobs: {error}", "no_jobs", retry_after_s=5) from error
+        raise no_jobs(error) from error
 
 
 def job_status(batch_id: str) -> tuple[str, int | None, str | None]:

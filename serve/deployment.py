@@ -74,6 +74,7 @@ def model_deployment(name: str, config: ModelConfig) -> serve.Application:
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         max_queued_requests=MAX_ONGOING_REQUESTS,
         health_check_period_s=HEALTH_CHECK_S,
+        logging_config={"enable_access_log": False},  # the gateway logs requests
         graceful_shutdown_timeout_s=DRAIN_S,
         graceful_shutdown_wait_loop_s=0.5,
         max_surge_percent=100,  # the new version is there before the old one goes

@@ -104,6 +104,7 @@ def gateway_deployment(
         graceful_shutdown_wait_loop_s=0.5,
         max_surge_percent=100,  # the new version is there before the old one goes
         health_check_period_s=2.0,
+        logging_config={"enable_access_log": False},  # the door has a log of its own
     )
     return deployment(serve.ingress()(Gateway)).bind(config.model_dump(mode="json"), models, paths, sleepers)
 

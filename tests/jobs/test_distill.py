@@ -174,7 +174,7 @@ def test_a_killed_job_resumes_with_another_number_of_workers(
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_ADDRESS")}
     total = len(sample_log(undisturbed))
     with killed_at_the_end(command):
-        wait_for_step(output, random.Random(os.getpid()).randint(total // 10, total // 2))
+        wait_for_step(output, random.Random(os.getpid()).randint(total // 10, total // 4))
     assert not (output / "student").exists()
     subprocess.run([*command, "--workers.num_workers", "2"], env=environment, check=True, stdout=subprocess.DEVNULL)
     assert_every_sample_once_an_epoch(output)

@@ -32,7 +32,8 @@ def deploy(tiny_xlmr: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     from serve.app import build_app
 
     batches = {"directory": str(tmp_path_factory.mktemp("batches"))}
-    replica = {"backend": "torch-float32", "num_cpus": 0.1, "num_threads": 1}
+    patient = {"max_wait_s": 60}  # on a machine where other tests run, too
+    replica = {"backend": "torch-float32", "num_cpus": 0.1, "num_threads": 1, "batching": patient}
     compressed = replica | {"path": str(tiny_xlmr), "min_replicas": 0, "max_replicas": 1, "downscale_delay_s": 5}
 
     def deploy(full: Path) -> None:
