@@ -143,6 +143,7 @@ def test_another_configuration_is_refused(undisturbed: Path, tiny_encoder: Path,
         main(changed)
 
 
+@pytest.mark.slow  # the killed job below resumes from the same checkpoints
 def test_a_killed_worker_changes_nothing(
     ray_cluster: None, undisturbed: Path, tiny_encoder: Path, corpus: Path, tmp_path: Path
 ) -> None:
