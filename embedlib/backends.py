@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 from pydantic import Field
 from sentence_transformers import SentenceTransformer
@@ -244,6 +245,8 @@ class OpenVinoBackend:
             options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = INT8_GROUP
         self.model = ov.Core().compile_model(directory / "model.xml", "CPU", options)
         self.of_thread = threading.local()
+        # OpenVINO's binding sets itself up in a process' first call; two threads that both make it wait for ever.
+        self([np.zeros(2, np.int32)])
 
     def __call__(self, sequences: Sequence[TokenIds]) -> torch.Tensor:
         """Pooled vectors (len(sequences), embedding_dim)."""
