@@ -53,7 +53,10 @@ setsid ray start --head --block --num-cpus "$cores" --node-ip-address 127.0.0.1 
 head=$!
 stop() {
   kill -TERM "$head" 2>/dev/null || true
-  wait "$head" 2>/dev/null || true
+  for _ in $(seq 20); do # Ray may wait for replicas longer than anyone who stops it
+    kill -0 "$head" 2>/dev/null || break
+    sleep 0.5
+  done
   kill -KILL -- "-$head" 2>/dev/null || true
   pkill -KILL -f "$haproxy" || true # it outlives Ray
   rm -rf "$log" "$haproxy"
