@@ -4,6 +4,9 @@ Every row of a corpus has an `id`, unique within its file and dense from 0 unles
 without prompts: the prefix belongs to the model and is named in the manifest of what was made with it.
 """
 
+from typing import Any
+
+import numpy.typing as npt
 import pyarrow as pa
 
 CORPUS = pa.schema(
@@ -35,3 +38,8 @@ def embeddings_schema(embedding_dim: int, element: pa.DataType | None = None) ->
             pa.field("vector", pa.list_(element or pa.float16(), embedding_dim), nullable=False),
         ]
     )
+
+
+def vector_column(vectors: npt.NDArray[Any]) -> pa.FixedSizeListArray:
+    """The `vector` column of EMBEDDINGS that holds `vectors` (rows, dim)."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])

@@ -33,7 +33,7 @@ from embedlib.encoder import default_device
 from embedlib.errors import ArtifactError, ConfigError, DataError, EmbedlibError
 from embedlib.index import write_index
 from embedlib.pretrained import pretrained_directory
-from embedlib.schemas import embeddings_schema
+from embedlib.schemas import embeddings_schema, vector_column
 from embedlib.sources import (
     ColumnsConfig,
     Part,
@@ -192,8 +192,7 @@ def part_name(number: int) -> str:
 def write_part(path: Store, rows: pa.Table, vectors: npt.NDArray[Any], statistics: PartStatistics) -> None:
     """Write `rows` with their `vectors` (rows, dim) as one EMBEDDINGS file."""
     field = embeddings_schema(vectors.shape[1], pa.from_numpy_dtype(vectors.dtype)).field("vector")
-    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
-    table = rows.append_column(field, column)
+    table = rows.append_column(field, vector_column(vectors))
     write_parquet(path, table.replace_schema_metadata({STATISTICS: json.dumps(statistics._asdict())}))
 
 

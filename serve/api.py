@@ -21,7 +21,7 @@ from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 
 from embedlib.config import Config
-from embedlib.schemas import embeddings_schema
+from embedlib.schemas import embeddings_schema, vector_column
 from serve.auth import Key, Quota, QuotaError, client_of
 from serve.calls import Answer, Call, Description, Model, Refusal
 from serve.door import ApiError, Door, Pressure, read, takes
@@ -338,8 +338,7 @@ def rows(vectors: npt.NDArray[Any], headers: Mapping[str, str], media_type: str)
         described = {"x-shape": ",".join(map(str, vectors.shape)), "x-dtype": str(vectors.dtype)}
         return Response(np.ascontiguousarray(vectors).tobytes(), headers=dict(headers) | described, media_type=RAW)
     schema = embeddings_schema(vectors.shape[1], pa.from_numpy_dtype(vectors.dtype))
-    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
-    batch = pa.record_batch([pa.array(np.arange(len(vectors))), column], schema=schema)
+    batch = pa.record_batch([pa.array(np.arange(len(vectors))), vector_column(vectors)], schema=schema)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, schema) as stream:
         stream.write_batch(batch)

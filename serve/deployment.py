@@ -10,12 +10,11 @@ from prometheus_client import Metric
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
-from embedlib.encoder import default_device
+from embedlib.encoder import MAX_THREADS, default_device
 from serve.autoscaling import BUSY, QUEUED_TOKENS, QueuedTokens
 from serve.calls import Answer, Call, Description, Refusal
 from serve.model import ModelConfig, ModelServer
 
-MAX_THREADS = 8
 # Who waits is up to the batcher, which knows of tokens; Ray's own queues see to it that they never decide.
 MAX_ONGOING_REQUESTS = 10_000
 HEALTH_CHECK_S = 2.0
