@@ -20,6 +20,8 @@ export RAY_AUTH_MODE=token
 # configuration file says on which address: without one, Ray Serve with HAProxy listens on all.
 export RAY_SERVE_THROUGHPUT_OPTIMIZED=1 RAY_SERVE_ENABLE_DIRECT_INGRESS=0 RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE=1
 export RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.proxy:middlewares
+# A busy machine imports what the gateway needs in more than the 15 s after which Ray would kill it.
+export RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S=60
 if [[ "$*" == serve\ run\ *.yaml ]]; then
   export RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_ENABLE_DIRECT_INGRESS=1
   export RAY_SERVE_HAPROXY_RETRY_ON="conn-failure empty-response" RAY_SERVE_HAPROXY_TUNE_BUFSIZE=131072
