@@ -173,6 +173,8 @@ def application(builder: str, args: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def running(server: Server) -> Iterator[subprocess.Popen[bytes]]:
     """The server's process, up when the block begins, gone with all its children when it ends."""
+    if is_up(server):
+        raise SystemExit(f"{server.url} answers before {server.name} was started; stop what is there")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(  # noqa: S603

@@ -74,12 +74,12 @@ class LimitsConfig(Config):
     """Characters of all texts together."""
     max_similarities: int = Field(default=262_144, ge=1)
     """Numbers of an answer to `/v1/similarity`."""
-    min_under_way: int = Field(default=64, ge=1)
+    min_under_way: int = Field(default=16, ge=1)
     """Requests that a gateway holds at once at least."""
     max_under_way: int = Field(default=2000, ge=1)
-    """And at most; in between it holds what it answers in `max_wait_s`. More are turned away unread."""
-    max_wait_s: float = Field(default=0.5, gt=0)
-    """How long a request may expect to wait for others."""
+    """And at most; in between, as many as keep answers within `patience_s`. More are turned away unread."""
+    patience_s: float = Field(default=0.5, gt=0)
+    """How long answers may take on average before fewer requests are let in."""
     timeout_s: float = Field(default=30.0, gt=0)
     """How long a request may wait for its vectors."""
 
@@ -312,7 +312,7 @@ def build_api(api: Api, extra_routers: Sequence[APIRouter] = (), max_upload_byte
     app.add_middleware(
         Door,
         metrics=api.metrics,
-        pressure=Pressure(api.limits.min_under_way, api.limits.max_under_way, api.limits.max_wait_s),
+        pressure=Pressure(api.limits.min_under_way, api.limits.max_under_way, api.limits.patience_s),
         max_body_bytes=lambda path: max_upload_bytes if path == "/v1/files" else api.limits.max_body_bytes,
     )
     return app

@@ -27,7 +27,10 @@ MOST_PROBLEMS = 3
 HTTP_OK, CLIENT_GONE = 200, 499
 ALWAYS = ("/health", "/ready", "/metrics")
 """Paths of those who watch: they are let in when all else is turned away."""
-RATE_S = 1.0
+WINDOW_S = 1.0
+OVERLOAD_S = 1
+GENEROSITY = 4
+"""How many times the least a gateway that knows nothing yet lets in."""
 NOT_COUNTED = "other"
 """The path of requests to no route, of which there may be any number."""
 
@@ -60,27 +63,35 @@ class ApiError(Exception):
 
 
 class Pressure:
-    """How many requests may be under way: as many as are answered in `max_wait_s`, within bounds.
+    """How many requests may be under way: fewer after a second of slow answers, more after one in which the limit
+    turned requests away and answers were quick.
 
     What waits for this process itself, or on its way to a replica, no replica's queue can see.
     """
 
-    def __init__(self, least: int, most: int, max_wait_s: float) -> None:
-        self.least, self.most, self.max_wait_s = least, most, max_wait_s
+    def __init__(self, least: int, most: int, patience_s: float) -> None:
+        """`patience_s` is how long an answer may take on average."""
+        self.least, self.most, self.patience_s = least, most, patience_s
+        self.limit = min(most, GENEROSITY * least)
         self.under_way = self.answered = 0
-        self.rate, self.since = 0.0, time.monotonic()
+        self.seconds, self.reached, self.since = 0.0, False, time.monotonic()
 
-    @property
-    def limit(self) -> int:
-        """Requests that may be under way."""
-        return int(min(self.most, max(self.least, self.rate * self.max_wait_s)))
+    def admits(self) -> bool:
+        """Whether one more request may come in."""
+        self.reached |= self.under_way >= self.limit
+        return self.under_way < self.limit
 
-    def count_answer(self, now: float) -> None:
-        """Count a success; the rate follows a rise at once and a fall by halves."""
-        self.answered += 1
-        if (seconds := now - self.since) >= RATE_S:
-            self.rate = max(self.answered / seconds, self.rate / 2)
-            self.answered, self.since = 0, now
+    def count_answer(self, seconds: float, now: float) -> None:
+        """Count a success that took so many seconds."""
+        self.answered, self.seconds = self.answered + 1, self.seconds + seconds
+        if now - self.since < WINDOW_S:
+            return
+        slowness = self.seconds / self.answered / self.patience_s
+        if slowness > 1:
+            self.limit = max(self.least, int(self.limit / min(slowness, 2)))
+        elif self.reached:
+            self.limit = min(self.most, self.limit + 1 + self.limit // 8)
+        self.answered, self.seconds, self.reached, self.since = 0, 0.0, False, now
 
 
 class Door:
@@ -117,12 +128,17 @@ class Door:
             await send(message)
 
         counted = scope["path"] not in ALWAYS
-        self.pressure.under_way += counted
+        turned_away = counted and not self.pressure.admits()
+        under_way = counted and not turned_away
+        self.pressure.under_way += under_way
         try:
             limit = self.max_body_bytes(scope["path"])
             try:
-                if counted:
-                    self._check_pressure()
+                if turned_away:
+                    # As long as it is asked to wait: many that come back at once would keep the event loop from those
+                    # who were let in.
+                    await asyncio.sleep(OVERLOAD_S)
+                    raise ApiError(503, "too many requests are under way", "overloaded", retry_after_s=OVERLOAD_S)
                 self._check_headers(headers, limit)
             except ApiError as error:
                 await error.response()(scope, receive, tell)
@@ -132,19 +148,15 @@ class Door:
             status = CLIENT_GONE
             raise
         finally:
-            self.pressure.under_way -= counted
+            self.pressure.under_way -= under_way
             seconds = time.monotonic() - begun
             if counted and status == HTTP_OK:
-                self.pressure.count_answer(begun + seconds)
+                self.pressure.count_answer(seconds, begun + seconds)
             path = getattr(scope.get("route"), "path", NOT_COUNTED)
             client = getattr(scope["state"]["client"], "name", "")
             self.metrics.requests.labels(path, str(status), client).inc()
             self.metrics.seconds.labels(path).observe(seconds)
             log.info("%s %s %s %s %d %.0f ms", request_id, client or "-", scope["method"], path, status, 1000 * seconds)
-
-    def _check_pressure(self) -> None:
-        if self.pressure.under_way > self.pressure.limit:
-            raise ApiError(503, f"{self.pressure.limit} requests are under way", "overloaded", retry_after_s=1)
 
     def _check_headers(self, headers: Headers, limit: int) -> None:
         if (origin := headers.get("origin")) and origin.split("://")[-1] != headers.get("host"):

@@ -277,18 +277,23 @@ def test_a_gateway_with_its_hands_full_turns_requests_away_unread(full: LocalMod
         assert client.get("/health").status_code == client.get("/metrics").status_code == 200
 
 
-def test_a_gateway_holds_what_it_answers_in_the_time_that_a_request_may_wait() -> None:
-    pressure = Pressure(least=10, most=1000, max_wait_s=0.5)
+def test_a_gateway_holds_fewer_requests_while_answers_are_slow() -> None:
+    pressure = Pressure(least=10, most=60, patience_s=0.5)
     now = pressure.since
+    assert pressure.limit == 40
+    for second in range(1, 4):
+        pressure.count_answer(seconds=3.0, now=now + second)
     assert pressure.limit == 10
-    for number in range(400):
-        pressure.count_answer(now + number / 100)  # a hundred a second
-    assert 48 <= pressure.limit <= 52
-    pressure.count_answer(now + 60)
-    assert 24 <= pressure.limit <= 26
-    for number in range(10_000):
-        pressure.count_answer(now + 61 + number / 5000)
-    assert pressure.limit == 1000
+    pressure.count_answer(seconds=0.1, now=now + 5)
+    assert pressure.limit == 10  # nobody was turned away
+    for second in range(6, 30):
+        pressure.under_way = pressure.limit
+        assert not pressure.admits()
+        pressure.count_answer(seconds=0.1, now=now + second)
+    assert pressure.limit == 60
+    assert not pressure.admits()
+    pressure.under_way -= 1
+    assert pressure.admits()
 
 
 def test_metrics_tell_what_the_issue_asks_for(client: TestClient) -> None:
