@@ -1,13 +1,15 @@
-"""One FAISS index: train, add, save; read it with `faiss.read_index`."""
+"""One FAISS index: train, add, search, save; several merged into one. What is written, `faiss.read_index` reads."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
 import numpy.typing as npt
+from faiss.contrib.ivf_tools import search_preassigned
+from faiss.contrib.ondisk import merge_ondisk
 
 from embedlib.errors import ConfigError, DataError
 
@@ -16,6 +18,15 @@ TRAINING_VECTORS_A_LIST = 256
 DEFAULT_LISTS = 1024
 
 Rows = Iterable[tuple[npt.NDArray[Any], npt.NDArray[Any]]]
+
+
+class Assignment(NamedTuple):
+    """The lists of an inverted file that are nearest to each query, the same for all shards of one training."""
+
+    lists: npt.NDArray[np.int64]
+    """(queries, nprobe)."""
+    scores: npt.NDArray[np.float32]
+    """(queries, nprobe) against their centroids."""
 
 
 def build_index(parts: Callable[[], Rows], factory: str) -> faiss.Index:
@@ -29,36 +40,88 @@ def build_index(parts: Callable[[], Rows], factory: str) -> faiss.Index:
         if not np.issubdtype(ids.dtype, np.integer):
             raise DataError(f"index: ids are {ids.dtype}; expected integers. Leave columns.id out to number the rows.")
         if index is None:
-            index = _new_index(vectors.shape[1], factory)
-            if not index.is_trained:
-                index.train(_sample(parts(), _training_rows(index)))
+            index = train_index(lambda num_rows: _sample(parts(), num_rows), vectors.shape[1], factory)
         index.add_with_ids(np.ascontiguousarray(vectors, np.float32), ids.astype(np.int64))
     if index is None:
         raise DataError("index: no vectors")
     return index
 
 
-def write_index(parts: Callable[[], Rows], path: Path, factory: str) -> int:
-    """Build an index and put its file in place when whole; return how many vectors it holds."""
-    index = build_index(parts, factory)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    faiss.write_index(index, str(scratch))
-    scratch.replace(path)
-    return int(index.ntotal)
-
-
-def _new_index(dim: int, factory: str) -> faiss.Index:
+def train_index(sample: Callable[[int], npt.NDArray[np.float32]], dim: int, factory: str) -> faiss.Index:
+    """An empty index that knows what it has to learn from vectors: `sample` gives at most so many (rows, dim)."""
     try:
         index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         raise ConfigError(f"index_factory: {factory!r}: FAISS does not know it for {dim} dimensions") from error
+    if not index.is_trained:
+        inverted = faiss.try_extract_index_ivf(index)
+        lists = inverted.nlist if inverted else DEFAULT_LISTS
+        vectors = sample(lists * TRAINING_VECTORS_A_LIST)
+        if inverted and len(vectors) < lists:
+            raise ConfigError(f"index_factory: {factory!r} has {lists} lists; {len(vectors)} vectors cannot train it")
+        index.train(vectors)
     # An inverted file keeps ids itself; the other kinds number their vectors.
-    return index if isinstance(index, faiss.IndexIVF) else faiss.IndexIDMap2(index)
+    return index if faiss.try_extract_index_ivf(index) else faiss.IndexIDMap2(index)
 
 
-def _training_rows(index: faiss.Index) -> int:
-    lists = index.nlist if isinstance(index, faiss.IndexIVF) else DEFAULT_LISTS
-    return int(lists) * TRAINING_VECTORS_A_LIST
+def write_index(parts: Callable[[], Rows], path: Path, factory: str) -> int:
+    """Build an index and put its file in place when whole; return how many vectors it holds."""
+    index = build_index(parts, factory)
+    save_index(index, path)
+    return int(index.ntotal)
+
+
+def save_index(index: faiss.Index, path: Path) -> None:
+    """Put the file of an index in place when whole."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    faiss.write_index(index, str(scratch))
+    scratch.replace(path)
+
+
+def read_index(path: Path) -> faiss.Index:
+    """An index whose vectors stay on disk until they are looked at, as far as its kind allows."""
+    return faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
+
+
+def assign(index: faiss.Index, queries: npt.NDArray[np.float32], nprobe: int) -> Assignment | None:
+    """Which lists `search_index` shall look into for `queries` (queries, dim); none for kinds that have no lists."""
+    if not isinstance(index, faiss.IndexIVF):
+        return None
+    scores, lists = index.quantizer.search(queries, min(nprobe, index.nlist))
+    return Assignment(lists, scores)
+
+
+def search_index(
+    index: faiss.Index, queries: npt.NDArray[np.float32], k: int, nprobe: int, assignment: Assignment | None
+) -> npt.NDArray[np.int64]:
+    """Ids of the `k` best (queries, k) for `queries` (queries, dim), -1 where there are fewer.
+
+    `nprobe` is how many lists of an inverted file are looked into, or how widely a graph is searched.
+    """
+    if assignment is not None:
+        return np.asarray(search_preassigned(index, queries, k, assignment.lists, assignment.scores)[1])
+    return np.asarray(index.search(queries, k, params=_parameters(index, k, nprobe))[1])
+
+
+def _parameters(index: faiss.Index, k: int, nprobe: int) -> Any:
+    inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexIDMap) else index
+    if isinstance(inner, faiss.IndexHNSW):
+        return faiss.SearchParametersHNSW(efSearch=max(nprobe, k))
+    if isinstance(inner, faiss.IndexPreTransform):
+        return faiss.SearchParametersPreTransform(index_params=faiss.SearchParametersIVF(nprobe=nprobe))
+    return None
+
+
+def merge_indexes(trained: Path, shards: Sequence[Path], path: Path) -> None:
+    """One index file over those of several shards of one training; its lists lie in `path` + "lists", read as needed.
+
+    Raises ConfigError for kinds that cannot be merged.
+    """
+    index = faiss.read_index(str(trained))
+    if not isinstance(index, faiss.IndexIVF):
+        raise ConfigError(f"merge: {trained} has no inverted lists; expected an index of an IVF kind")
+    merge_ondisk(index, [str(shard) for shard in shards], str(path.with_name(f"{path.stem}.lists")))
+    save_index(index, path)
 
 
 def _sample(parts: Rows, num_rows: int) -> npt.NDArray[np.float32]:

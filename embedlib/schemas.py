@@ -43,3 +43,9 @@ def embeddings_schema(embedding_dim: int, element: pa.DataType | None = None) ->
 def vector_column(vectors: npt.NDArray[Any]) -> pa.FixedSizeListArray:
     """The `vector` column of EMBEDDINGS that holds `vectors` (rows, dim)."""
     return pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
+
+
+def vectors_of(column: pa.ChunkedArray) -> npt.NDArray[Any]:
+    """The vectors (rows, dim) of a `vector` column."""
+    flat: npt.NDArray[Any] = column.combine_chunks().flatten().to_numpy()
+    return flat.reshape(len(column), -1)

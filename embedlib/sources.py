@@ -84,7 +84,8 @@ def input_files(uri: str) -> list[Store]:
     else:
         found = [base] if base.info.is_file else base.files(recursive=True)
     if not found:
-        raise DataError(f"input: {uri!r}: no such file, directory or glob")
+        # As the store names itself: a URI may hold a secret.
+        raise DataError(f"input: {uri if base.is_local else base}: no such file, directory or glob")
     for file in found:
         if Path(file.path).suffix.lower() not in ENDINGS:
             raise DataError(f"input: {file}: unknown ending; expected one of {', '.join(ENDINGS)}")

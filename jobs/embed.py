@@ -7,7 +7,6 @@ whole, so that after any crash a rerun embeds just the parts that are missing: n
 from jobs.cli import run_job  # isort: skip (takes jobs/ off sys.path before any library is imported)
 
 import hashlib
-import io
 import json
 import math
 import os
@@ -27,13 +26,13 @@ import torch
 from pydantic import Field
 
 from embedlib import errors
-from embedlib.artifact import MANIFEST_NAME, Manifest, fingerprint, hash_file, model_fingerprint, parse_manifest
+from embedlib.artifact import MANIFEST_NAME, Manifest, fingerprint, hash_file, model_fingerprint
 from embedlib.embedding import EmbeddingConfig, Prepared, TextEmbedder, prepare
 from embedlib.encoder import default_device
 from embedlib.errors import ArtifactError, ConfigError, DataError, EmbedlibError
 from embedlib.index import write_index
 from embedlib.pretrained import pretrained_directory
-from embedlib.schemas import embeddings_schema, vector_column
+from embedlib.schemas import embeddings_schema, vector_column, vectors_of
 from embedlib.sources import (
     ColumnsConfig,
     Part,
@@ -48,14 +47,13 @@ from embedlib.sources import (
 )
 from embedlib.storage import Store, user_directory, user_path
 from embedlib.wheels import cache_directory
+from jobs.parts import claim, missing_parts, part_name, write_parquet
 from jobs.runtime import Progress, connect, cpu_processes, num_gpus, own_errors, quiet
 
 INDEX_NAME = "index.faiss"
 CALIBRATION_TEXTS = 4096
 STATISTICS = b"embedlib.part"
 NOT_FINITE = "the model gave a vector that is not finite"
-# Byte streams of like significance compress; integers and signs are noise to any encoding.
-SPLIT_BYTES = (pa.float16(), pa.float32())
 
 
 class EmbedConfig(EmbeddingConfig):
@@ -184,11 +182,6 @@ def token_histogram(num_tokens: npt.NDArray[np.int64]) -> dict[str, int]:
     return {str(edge): int(count) for edge, count in zip(*np.unique(edges, return_counts=True), strict=True)}
 
 
-def part_name(number: int) -> str:
-    """The file of part number `number`."""
-    return f"part-{number:06}.parquet"
-
-
 def write_part(path: Store, rows: pa.Table, vectors: npt.NDArray[Any], statistics: PartStatistics) -> None:
     """Write `rows` with their `vectors` (rows, dim) as one EMBEDDINGS file."""
     field = embeddings_schema(vectors.shape[1], pa.from_numpy_dtype(vectors.dtype)).field("vector")
@@ -196,25 +189,11 @@ def write_part(path: Store, rows: pa.Table, vectors: npt.NDArray[Any], statistic
     write_parquet(path, table.replace_schema_metadata({STATISTICS: json.dumps(statistics._asdict())}))
 
 
-def write_parquet(path: Store, table: pa.Table) -> None:
-    """Write a table as one file that appears whole."""
-    encodings: dict[str, str] = {}
-    if "vector" in table.column_names and table.schema.field("vector").type.value_type in SPLIT_BYTES:
-        encodings["vector.list.element"] = "BYTE_STREAM_SPLIT"
-    if "id" in table.column_names and pa.types.is_integer(table.schema.field("id").type):
-        encodings["id"] = "DELTA_BINARY_PACKED"
-    plain = [name for name in table.column_names if name not in ("id", "vector")]
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd", use_dictionary=plain, column_encoding=encodings)
-    path.write(buffer.getvalue())
-
-
 def read_parts(directory: Path) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
     """The parts of a vector directory in order: ids (rows,) and vectors (rows, dim)."""
     for path in sorted(directory.glob("part-*.parquet")):
-        table = pq.read_table(path, columns=["id", "vector"]).combine_chunks()
-        vectors = table["vector"].combine_chunks()
-        yield table["id"].to_numpy(), vectors.flatten().to_numpy().reshape(len(table), -1)
+        table = pq.read_table(path, columns=["id", "vector"])
+        yield table["id"].to_numpy(), vectors_of(table["vector"])
 
 
 def embed(config: EmbedConfig) -> EmbedResult:
@@ -229,7 +208,7 @@ def embed(config: EmbedConfig) -> EmbedResult:
         mode="json", include={*EmbeddingConfig.model_fields, *("columns", "max_characters", "rows_per_part")}
     )
     mark = fingerprint(**parents, **work)
-    if finished := claim(output, mark):
+    if finished := claim(output, mark, "vectors"):
         result = EmbedResult(output, finished, 0.0)
     else:
         result = embed_missing(config, model, files, output, mark, parents)
@@ -245,8 +224,7 @@ def embed_missing(
     files = converted(files, config, output)
     parts = plan_parts(files, config.columns, config.rows_per_part)
     prepared = prepared_once(config, model, files[0], parts, output)
-    there = {Path(file.path).name for file in output.files()}
-    missing = [number for number in range(len(parts)) if part_name(number) not in there]
+    missing = missing_parts(output, len(parts))
     texts_per_s = embed_parts(config, model, files[0], prepared, parts, missing)
     measurements = totals(output, parts, config) | {"texts_per_s": texts_per_s, "backend": prepared.model_dump()}
     manifest = Manifest(
@@ -411,24 +389,6 @@ def totals(output: Store, parts: Sequence[Part], config: EmbedConfig) -> dict[st
     if config.price_per_hour and rows:
         measurements["cost_per_million_texts"] = config.price_per_hour * seconds / 3600 / rows * 1e6
     return measurements
-
-
-def claim(directory: Store, mark: str) -> Manifest | None:
-    """Take `directory` for the work with fingerprint `mark`; ArtifactError where other work has taken it.
-
-    Gives the manifest where the work is finished.
-    """
-    note, path = directory / ".fingerprint", directory / MANIFEST_NAME
-    manifest = parse_manifest(path.read(), str(path)) if path.exists() else None
-    holder = manifest.fingerprint if manifest else note.read().decode() if note.exists() else mark
-    if holder != mark:
-        raise ArtifactError(
-            f"{directory}: holds vectors {holder[:12]}, but this run makes {mark[:12]}; "
-            "move it away or choose another output"
-        )
-    if not note.exists():
-        note.write(mark.encode())
-    return manifest
 
 
 def main(config: EmbedConfig) -> EmbedResult:

@@ -14,7 +14,8 @@ import torch
 from embedlib.encoder import Encoder
 from embedlib.errors import ArtifactError, ConfigError, DataError
 from embedlib.storage import Store
-from jobs.embed import EmbedConfig, PartStatistics, embed, part_name, read_parts, token_histogram, write_part
+from jobs.embed import EmbedConfig, PartStatistics, embed, read_parts, token_histogram, write_part
+from jobs.parts import part_name
 
 pytestmark = pytest.mark.ray
 

@@ -1,0 +1,55 @@
+"""A directory of numbered parts that belongs to one piece of work: what is finished stays, what is missing is made."""
+
+import io
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from embedlib.artifact import MANIFEST_NAME, Manifest, parse_manifest
+from embedlib.errors import ArtifactError
+from embedlib.storage import Store
+
+# Byte streams of like significance compress; integers and signs are noise to any encoding.
+SPLIT_BYTES = (pa.float16(), pa.float32())
+
+
+def part_name(number: int) -> str:
+    """The file of part number `number`."""
+    return f"part-{number:06}.parquet"
+
+
+def missing_parts(directory: Store, num_parts: int) -> list[int]:
+    """Numbers of the parts that are not there yet."""
+    there = {file.path.rsplit("/", 1)[-1] for file in directory.files()}
+    return [number for number in range(num_parts) if part_name(number) not in there]
+
+
+def write_parquet(path: Store, table: pa.Table) -> None:
+    """Write a table as one file that appears whole."""
+    encodings: dict[str, str] = {}
+    if "vector" in table.column_names and table.schema.field("vector").type.value_type in SPLIT_BYTES:
+        encodings["vector.list.element"] = "BYTE_STREAM_SPLIT"
+    if "id" in table.column_names and pa.types.is_integer(table.schema.field("id").type):
+        encodings["id"] = "DELTA_BINARY_PACKED"
+    plain = [name for name in table.column_names if name not in ("id", "vector")]
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd", use_dictionary=plain, column_encoding=encodings)
+    path.write(buffer.getvalue())
+
+
+def claim(directory: Store, mark: str, what: str) -> Manifest | None:
+    """Take `directory` for the work with fingerprint `mark`; ArtifactError where other work has taken it.
+
+    Gives the manifest where the work, which makes `what`, is finished.
+    """
+    note, path = directory / ".fingerprint", directory / MANIFEST_NAME
+    manifest = parse_manifest(path.read(), str(path)) if path.exists() else None
+    holder = manifest.fingerprint if manifest else note.read().decode() if note.exists() else mark
+    if holder != mark:
+        raise ArtifactError(
+            f"{directory}: holds {what} {holder[:12]}, but this run makes {mark[:12]}; "
+            "move it away or choose another output"
+        )
+    if not note.exists():
+        note.write(mark.encode())
+    return manifest
