@@ -90,7 +90,7 @@ class Pressure:
         if slowness > 1:
             self.limit = max(self.least, int(self.limit / min(slowness, 2)))
         elif self.reached:
-            self.limit = min(self.most, self.limit + 1 + self.limit // 8)
+            self.limit = min(self.most, self.limit + 1 + self.limit // 4)
         self.answered, self.seconds, self.reached, self.since = 0, 0.0, False, now
 
 
