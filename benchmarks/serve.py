@@ -189,12 +189,12 @@ def running(server: Server) -> Iterator[subprocess.Popen[bytes]]:
                 time.sleep(0.5)
             yield process
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+            for how in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):  # first as Ctrl-C does
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, how)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(30)
+                    break
 
 
 def is_up(server: Server) -> bool:
