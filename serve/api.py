@@ -78,7 +78,7 @@ class LimitsConfig(Config):
     """Requests that a gateway holds at once at least."""
     max_under_way: int = Field(default=2000, ge=1)
     """And at most; in between, as many as keep answers within `patience_s`. More are turned away unread."""
-    patience_s: float = Field(default=0.8, gt=0)
+    patience_s: float = Field(default=0.5, gt=0)
     """How long answers may take on average before fewer requests are let in."""
     timeout_s: float = Field(default=30.0, gt=0)
     """How long a request may wait for its vectors."""
