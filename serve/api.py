@@ -74,7 +74,7 @@ class LimitsConfig(Config):
     """Characters of all texts together."""
     max_similarities: int = Field(default=262_144, ge=1)
     """Numbers of an answer to `/v1/similarity`."""
-    min_under_way: int = Field(default=16, ge=1)
+    min_under_way: int = Field(default=24, ge=1)
     """Requests that a gateway holds at once at least."""
     max_under_way: int = Field(default=2000, ge=1)
     """And at most; in between, as many as keep answers within `patience_s`. More are turned away unread."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import re
 import time
 from collections.abc import Callable
@@ -29,7 +30,9 @@ ALWAYS = ("/health", "/ready", "/metrics")
 """Paths of those who watch: they are let in when all else is turned away."""
 WINDOW_S = 1.0
 OVERLOAD_S = 1
-GENEROSITY = 4
+MOST_CHANGE = 1.25
+"""Of the limit in a window: answers tell of the limit before, and a model with too little to do makes small batches."""
+GENEROSITY = 2
 """How many times the least a gateway that knows nothing yet lets in."""
 NOT_COUNTED = "other"
 """The path of requests to no route, of which there may be any number."""
@@ -88,9 +91,9 @@ class Pressure:
             return
         slowness = self.seconds / self.answered / self.patience_s
         if slowness > 1:
-            self.limit = max(self.least, int(self.limit / min(slowness, 2)))
+            self.limit = max(self.least, int(self.limit / min(slowness, MOST_CHANGE)))
         elif self.reached:
-            self.limit = min(self.most, self.limit + 1 + self.limit // 4)
+            self.limit = min(self.most, math.ceil(self.limit * MOST_CHANGE))
         self.answered, self.seconds, self.reached, self.since = 0, 0.0, False, now
 
 

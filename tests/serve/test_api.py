@@ -280,13 +280,13 @@ def test_a_gateway_with_its_hands_full_turns_requests_away_unread(full: LocalMod
 def test_a_gateway_holds_fewer_requests_while_answers_are_slow() -> None:
     pressure = Pressure(least=10, most=60, patience_s=0.5)
     now = pressure.since
-    assert pressure.limit == 40
-    for second in range(1, 4):
+    assert pressure.limit == 20
+    for second in range(1, 5):
         pressure.count_answer(seconds=3.0, now=now + second)
     assert pressure.limit == 10
-    pressure.count_answer(seconds=0.1, now=now + 5)
+    pressure.count_answer(seconds=0.1, now=now + 6)
     assert pressure.limit == 10  # nobody was turned away
-    for second in range(6, 30):
+    for second in range(7, 30):
         pressure.under_way = pressure.limit
         assert not pressure.admits()
         pressure.count_answer(seconds=0.1, now=now + second)
