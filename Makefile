@@ -8,7 +8,7 @@ FAISS := $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
 PIP_INSTALL := $(BIN)/pip install --quiet --no-compile --disable-pip-version-check --constraint requirements.lock
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help demo serve test test-all lint format lock bench-distill bench-encode bench-embed-job bench-serve clean
+.PHONY: help demo serve test test-all lint format lock bench-distill bench-encode bench-embed-job bench-serve bench-mine clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -49,6 +49,9 @@ bench-embed-job: $(VENV)/.dev ## the embedding job against its bare encoder, and
 
 bench-serve: $(VENV)/.dev | artifacts/demo/student ## the endpoint against other servers of the same model
 	$(BIN)/python -m benchmarks.serve --student artifacts/demo/student $(BENCH)
+
+bench-mine: $(VENV)/.dev ## mining against sentence-transformers' miner
+	$(BIN)/python -m benchmarks.mine $(BENCH)
 
 lock: $(VENV)/.dev ## write the versions in use to requirements.lock
 	$(BIN)/pip freeze --exclude-editable --disable-pip-version-check | sed -E 's/^(torch==[^+]+)\+.*/\1/' > requirements.lock

@@ -99,16 +99,19 @@ def search_index(
     `nprobe` is how many lists of an inverted file are looked into, or how widely a graph is searched.
     """
     if assignment is not None:
-        return np.asarray(search_preassigned(index, queries, k, assignment.lists, assignment.scores)[1])
+        inverted: Any = index
+        inverted.nprobe = assignment.lists.shape[1]
+        return np.asarray(search_preassigned(inverted, queries, k, assignment.lists, assignment.scores)[1])  # type: ignore[no-untyped-call]
     return np.asarray(index.search(queries, k, params=_parameters(index, k, nprobe))[1])
 
 
 def _parameters(index: faiss.Index, k: int, nprobe: int) -> Any:
     inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexIDMap) else index
     if isinstance(inner, faiss.IndexHNSW):
-        return faiss.SearchParametersHNSW(efSearch=max(nprobe, k))
+        return faiss.SearchParametersHNSW(efSearch=max(nprobe, k))  # type: ignore[attr-defined]
     if isinstance(inner, faiss.IndexPreTransform):
-        return faiss.SearchParametersPreTransform(index_params=faiss.SearchParametersIVF(nprobe=nprobe))
+        inverted = faiss.SearchParametersIVF(nprobe=nprobe)  # type: ignore[call-arg]
+        return faiss.SearchParametersPreTransform(index_params=inverted)  # type: ignore[call-arg]
     return None
 
 

@@ -30,6 +30,22 @@ QUARANTINE = pa.schema(
 )
 
 
+def negatives_schema(id_type: pa.DataType) -> pa.Schema:
+    """NEGATIVES: a query a row, with its positives and its hard negatives; `id_type` is that of the corpus' ids."""
+    return pa.schema(
+        [
+            pa.field("id", pa.int64(), nullable=False),  # of the query, from 0 in the order of first pairs
+            pa.field("query", pa.large_string(), nullable=False),
+            pa.field("positives", pa.list_(pa.large_string()), nullable=False),
+            pa.field("positive_scores", pa.list_(pa.float32()), nullable=False),  # inner products
+            pa.field("negatives", pa.list_(pa.large_string()), nullable=False),  # best first
+            pa.field("negative_scores", pa.list_(pa.float32()), nullable=False),
+            pa.field("negative_ids", pa.list_(id_type), nullable=False),  # null: a positive of another query
+            pa.field("is_random", pa.list_(pa.bool_()), nullable=False),  # drawn, to fill a query left short
+        ]
+    )
+
+
 def embeddings_schema(embedding_dim: int, element: pa.DataType | None = None) -> pa.Schema:
     """EMBEDDINGS: `id` and one vector of `embedding_dim` elements a row, float16 unless stated otherwise."""
     return pa.schema(
@@ -48,4 +64,4 @@ def vector_column(vectors: npt.NDArray[Any]) -> pa.FixedSizeListArray:
 def vectors_of(column: pa.ChunkedArray) -> npt.NDArray[Any]:
     """The vectors (rows, dim) of a `vector` column."""
     flat: npt.NDArray[Any] = column.combine_chunks().flatten().to_numpy()
-    return flat.reshape(len(column), -1)
+    return flat.reshape(len(column), column.type.list_size)

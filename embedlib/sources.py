@@ -159,7 +159,7 @@ def check_texts(rows: pa.Table, part: Part, columns: ColumnsConfig, max_characte
             texts.append(text)
             kept.append(number)
     numbers = [part.first_row + number for number in kept]
-    chosen = rows.take(kept) if rejected else rows
+    chosen = rows.take(pa.array(kept, pa.int64())) if rejected else rows
     id_column = columns.id or ("id" if "id" in rows.column_names else None)
     ids = chosen[id_column] if id_column else pa.array(numbers, pa.int64())
     table = {"id": ids, "text": pa.array(texts, pa.large_string())}

@@ -143,3 +143,12 @@ def test_a_column_of_mixed_types_is_refused(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"text": "a", "n": 1}\n{"text": "b", "n": "x"}\n')
     with pytest.raises(DataError, match="column 'n': values of different types"):
         converted(tmp_path / "in.jsonl", tmp_path, ColumnsConfig(keep=["n"]))
+
+
+def test_a_part_of_broken_rows_alone_is_empty(tmp_path: Path) -> None:
+    path = tmp_path / "texts.parquet"
+    pq.write_table(pa.table({"text": [" ", ""]}), path)
+    columns = ColumnsConfig()
+    (part,) = plan_parts([Store.at(str(path))], columns, 10)
+    texts = read_part(part, Store.at(str(path)), columns, 100)
+    assert (len(texts.rows), [row.reason for row in texts.rejected]) == (0, ["empty", "empty"])

@@ -97,7 +97,7 @@ def test_a_job_goes_on_without_a_node(
     moment = random.Random(trial).randint(1, 20)
     config = values(corpus, tmp_path, tiny_encoder) | {"num_actors": "4"}
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    command = [sys.executable, "-m", "tests.jobs.two_nodes", str(moment), json.dumps(config)]
+    command = [sys.executable, "-m", "tests.jobs.two_nodes", "embed", str(moment), json.dumps(config)]
     subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, timeout=400)
     assert table(tmp_path).equals(table(undisturbed))
 

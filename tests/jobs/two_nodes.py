@@ -1,6 +1,6 @@
-"""Embed on a cluster of two nodes and SIGKILL the raylet of the one that is not its head.
+"""Run a job on a cluster of two nodes and SIGKILL the raylet of the one that is not its head.
 
-    python -m tests.jobs.two_nodes PARTS '{"input": …, "output": …, "model": …}'
+    python -m tests.jobs.two_nodes embed|mine PARTS '{"output": …, "model": …}'
 
 waits for that many part files before it kills.
 """
@@ -13,18 +13,23 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.cluster_utils import Cluster
 
 from jobs.embed import EmbedConfig, embed
+from jobs.mine import MineConfig, mine
 from jobs.runtime import quiet, require_token
 from tests.jobs.processes import wait_for
 
+JOBS: dict[str, tuple[Any, Any]] = {"embed": (EmbedConfig, embed), "mine": (MineConfig, mine)}
+
 
 def main() -> None:
-    """Start the nodes, embed, kill one of them meanwhile, and end with an error where it was not seen to go."""
-    moment, config = int(sys.argv[1]), EmbedConfig.model_validate(json.loads(sys.argv[2]))
+    """Start the nodes, work, kill one of them meanwhile, and end with an error where it was not seen to go."""
+    (config_type, run), moment = JOBS[sys.argv[1]], int(sys.argv[2])
+    config = config_type.model_validate(json.loads(sys.argv[3]))
     require_token()
     quiet()
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
@@ -39,7 +44,7 @@ def main() -> None:
 
     killer = threading.Thread(target=kill)
     killer.start()
-    embed(config)
+    run(config)
     killer.join()
     wait_for(lambda: len(living_nodes()) == 1, "the cluster's notice of its loss")
     ray.shutdown()

@@ -1,0 +1,253 @@
+"""Find what belongs together in embedded corpora: translations in two, paraphrases or near-duplicates in one.
+
+    python jobs/bitext.py --source vectors-en --target vectors-de --output pairs
+    python jobs/bitext.py --source vectors --output duplicates --retrieval all --margin absolute --threshold 0.97
+
+Every row's nearest neighbours are found on the shards that mining searches, a part file of rows at a time; after a
+crash a rerun searches just the parts that are missing.
+"""
+
+from jobs.cli import run_job  # isort: skip (takes jobs/ off sys.path before any library is imported)
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+from pydantic import Field
+from ray.util import ActorPool
+
+from embedlib.artifact import MANIFEST_NAME, Manifest, fingerprint
+from embedlib.config import Config
+from embedlib.errors import ArtifactError, ConfigError
+from embedlib.index import assign
+from embedlib.margin import (
+    Margin,
+    Neighbours,
+    Pairs,
+    Retrieval,
+    all_partners,
+    best_partners,
+    first_of_group,
+    matched,
+)
+from embedlib.schemas import vectors_of
+from embedlib.storage import Store, user_path
+from embedlib.topk import NO_ROW, Hits, merge
+from jobs.parts import claim, missing_parts, part_name, write_parquet
+from jobs.runtime import Progress, connect, own_errors
+from jobs.shards import (
+    SearchConfig,
+    ShardPlan,
+    check_vectors,
+    gated,
+    plan_shards,
+    require_distinct,
+    sample,
+    start_shards,
+    texts_of,
+    vector_files,
+    vectors_manifest,
+)
+
+QUERIES_AT_ONCE = 4096
+PAIRS_A_PART = 262_144
+
+
+class BitextConfig(Config):
+    """Which corpora, and which of their rows belong together."""
+
+    source: str
+    """Directory that jobs/embed.py made, keeping its text column."""
+    target: str | None = None
+    """Another one, by the same model; none: the source itself."""
+    output: str
+    """Directory of the pairs: part files, manifest.json, and work/ with neighbours and shards. Every node must see it
+    under the same path."""
+    text: str = "text"
+    """The text column."""
+    neighbours: int = Field(default=4, ge=1)
+    """Rows that a row is compared with."""
+    margin: Margin = "ratio"
+    """What a pair scores: its cosine by the mean cosine to both rows' neighbours (ratio), less it (distance), or the
+    cosine itself (absolute)."""
+    threshold: float = 1.06
+    """Pairs score at least this. 1.06 is what bitext by ratio is usually cut at."""
+    retrieval: Retrieval = "max"
+    """The best partner of every source row (forward), those best in both directions (intersect), the highest margins of
+    both with each row in one pair at most (max), or every neighbour (all), which also writes kept.parquet: the rows
+    left when the first alone stays of all that are linked."""
+    search: SearchConfig = SearchConfig()
+    """How the corpora are searched."""
+
+
+class Finder:
+    """Ray actor: finds the neighbours of the rows of one vector file."""
+
+    def __init__(self, plan: ShardPlan, shards: list[Any], output: Path, neighbours: int, is_own: bool) -> None:
+        self.plan, self.shards, self.output = plan, shards, output
+        self.neighbours, self.is_own = neighbours, is_own
+        self.trained = faiss.read_index(str(plan.trained)) if plan.trained.exists() else None
+
+    def find(self, number: int, file: Path, first_row: int) -> None:
+        """Write the neighbours of the rows of `file`, the first of which has number `first_row`."""
+        vectors = vectors_of(pq.read_table(file, columns=["vector"])["vector"]).astype(np.float32)
+        found = [
+            self.nearest(vectors[begin : begin + QUERIES_AT_ONCE], first_row + begin)
+            for begin in range(0, len(vectors), QUERIES_AT_ONCE)
+        ]
+        columns = {
+            name: pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate(parts).reshape(-1)), self.neighbours)
+            for name, parts in zip(Neighbours._fields, zip(*found, strict=True), strict=True)
+        }
+        write_parquet(Store.at(str(self.output)) / part_name(number), pa.table(columns))
+
+    def nearest(self, queries: npt.NDArray[np.float32], first_row: int) -> Neighbours:
+        """The neighbours of consecutive rows; where they search their own corpus, without themselves."""
+        k = self.neighbours + self.is_own
+        assignment = assign(self.trained, queries, self.plan.nprobe) if self.trained else None
+        sent = ray.put(queries)
+        asked = [shard.search.remote(sent, k, self.plan.nprobe, assignment) for shard in self.shards]
+        hits = merge(ray.get(asked), k)
+        if self.is_own:
+            hits = without_row(hits, first_row + np.arange(len(queries)), self.neighbours)
+        missing = ((0, 0), (0, self.neighbours - hits.rows.shape[1]))
+        rows = np.pad(hits.rows, missing, constant_values=NO_ROW)
+        return Neighbours(rows, np.where(rows == NO_ROW, 0, np.pad(hits.scores, missing)).astype(np.float32))
+
+
+def without_row(hits: Hits, rows: npt.NDArray[np.int64], k: int) -> Hits:
+    """The best `k` of each query but the row it is."""
+    order = np.argsort(hits.rows == rows[:, None], axis=1, kind="stable")
+    return hits.masked(hits.rows == rows[:, None]).take(order[:, :k])
+
+
+class Corpus(NamedTuple):
+    """An embedded corpus in shards."""
+
+    files: list[Path]
+    plan: ShardPlan
+    shards: list[Any]
+
+
+def bitext(config: BitextConfig) -> Manifest:
+    """Find what is missing on the cluster joined before."""
+    output = Store.at(config.output)
+    if not output.is_local:
+        raise ConfigError(f"output: {config.output} is no directory of this machine; FAISS maps files alone")
+    directories = {"source": config.source} | ({"target": config.target} if config.target else {})
+    makers = {name: vectors_manifest(Path(directory)) for name, directory in directories.items()}
+    models = {name: maker.parents.get("model", "") for name, maker in makers.items()}
+    if len(set(models.values())) > 1:
+        raise ArtifactError(
+            f"target: made by model {models['target'][:12]}; expected {models['source'][:12]}, which made source"
+        )
+    parents = {name: maker.fingerprint for name, maker in makers.items()}
+    values = config.model_dump(mode="json", exclude={"source", "target", "output"})
+    mark = fingerprint(**parents, **values | {"search": {**values["search"], "shards": 0, "block_rows": 0}})
+    if finished := claim(output, mark, "pairs"):
+        return finished
+    work = Path(output.path) / "work"
+    corpora = {name: opened(config, directory, work / name) for name, directory in directories.items()}
+    source, target = corpora["source"], corpora.get("target", corpora["source"])
+    forward = neighbours(config, source, target, work / "forward")
+    backward = forward if target is source else neighbours(config, target, source, work / "backward")
+    pairs = above(config, forward, backward, source)
+    for number, begin in enumerate(range(0, len(pairs.rows), PAIRS_A_PART)):
+        some = Pairs._make(field[begin : begin + PAIRS_A_PART] for field in pairs)
+        write_parquet(output / part_name(number), described(some, source, target))
+    measurements: dict[str, Any] = {"pairs": len(pairs.rows)}
+    measurements["rows"] = {name: corpus.plan.num_rows for name, corpus in corpora.items()}
+    if config.retrieval == "all":
+        num_rows = source.plan.num_rows
+        kept = np.flatnonzero(first_of_group(pairs.rows, num_rows) == np.arange(num_rows))
+        write_parquet(output / "kept.parquet", pa.table({"row": kept}))
+        measurements["kept"] = len(kept)
+    manifest = Manifest(
+        kind="pairs",
+        fingerprint=mark,
+        parents=parents,
+        config=config.model_dump(mode="json"),
+        measurements=measurements,
+    )
+    (output / MANIFEST_NAME).write(manifest.model_dump_json(indent=2).encode())
+    return manifest
+
+
+def opened(config: BitextConfig, directory: str, work: Path) -> Corpus:
+    """The shards of a vector directory, ready to be searched."""
+    files = vector_files(Store.at(directory))
+    check_vectors(files, [config.text], directory)
+    require_distinct(files)
+    work.mkdir(parents=True, exist_ok=True)
+    plan = plan_shards(work, config.search, files, [], {"text": config.text})
+    shards = start_shards(plan)
+    parts = [part for run in plan.chunks for part in run]
+    plan, _ = gated(plan, shards, sample(parts, config.search.recall_queries))
+    return Corpus(files, plan, shards)
+
+
+def neighbours(config: BitextConfig, here: Corpus, there: Corpus, output: Path) -> Neighbours:
+    """The neighbours in one corpus of all rows of another, (rows, k)."""
+    missing = missing_parts(Store.at(str(output)), len(here.files))
+    remote = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy="SPREAD")(Finder)
+    arguments = (there.plan, there.shards, output, config.neighbours, here is there)
+    pool = ActorPool([remote.remote(*arguments) for _ in range(min(len(missing), len(ray.nodes()) + 1))])
+    firsts = np.append(0, np.cumsum([pq.read_metadata(file).num_rows for file in here.files])).tolist()
+    for number in missing:
+        pool.submit(lambda finder, part: finder.find.remote(part, here.files[part], firsts[part]), number)
+    progress = Progress("search", len(here.files), "files")
+    progress.update(len(here.files) - len(missing))
+    for done in range(1, len(missing) + 1):
+        with own_errors():
+            pool.get_next_unordered()
+        progress.update(len(here.files) - len(missing) + done)
+    tables = [pq.read_table(output / part_name(number)) for number in range(len(here.files))]
+    found = [np.concatenate([vectors_of(table[name]) for table in tables]) for name in Neighbours._fields]
+    return Neighbours(*found)
+
+
+def above(config: BitextConfig, forward: Neighbours, backward: Neighbours, source: Corpus) -> Pairs:
+    """The pairs that the retrieval keeps and whose score is high enough."""
+    if config.retrieval == "all":
+        pairs = all_partners(forward, backward.means, config.margin)
+    else:
+        pairs = matched(
+            best_partners(forward, backward.means, config.margin),
+            best_partners(backward, forward.means, config.margin),
+            config.retrieval,
+        )
+    kept = pairs.scores >= config.threshold
+    if backward is forward:
+        kept &= pairs.rows[:, 0] < pairs.rows[:, 1]
+    if config.retrieval != "all":
+        # A text that comes again has the partner of the first.
+        kept &= np.isin(pairs.rows[:, 0], np.concatenate(ray.get([shard.rows.remote() for shard in source.shards])))
+    return Pairs(pairs.rows[kept], pairs.scores[kept])
+
+
+def described(pairs: Pairs, source: Corpus, target: Corpus) -> pa.Table:
+    """Pairs with their ids and texts, in order."""
+    columns: dict[str, Any] = {"score": pairs.scores}
+    for side, name, corpus in ((0, "source", source), (1, "target", target)):
+        rows, places = np.unique(pairs.rows[:, side], return_inverse=True)
+        texts = texts_of(corpus.plan, corpus.shards, rows).take(pa.array(places))
+        columns |= {f"{name}_row": pairs.rows[:, side], f"{name}_id": texts["id"], name: texts["text"]}
+    return pa.table(columns)
+
+
+def main(config: BitextConfig) -> Manifest:
+    """Join or start a cluster, find pairs, and say how many."""
+    connect()
+    given = config.model_dump(include={"source", "target", "output"}, exclude_none=True)
+    manifest = bitext(config.model_copy(update={name: user_path(value) for name, value in given.items()}))
+    print(f"{config.output}: " + ", ".join(f"{name} {value}" for name, value in manifest.measurements.items()))
+    return manifest
+
+
+if __name__ == "__main__":
+    run_job(BitextConfig, main)

@@ -1,0 +1,311 @@
+"""A corpus of vectors cut into shards, each searched by a Ray actor: what mining and pair finding have in common."""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+from pydantic import Field
+
+from embedlib.artifact import MANIFEST_NAME, Manifest, parse_manifest
+from embedlib.config import Config
+from embedlib.errors import ArtifactError, ConfigError, DataError
+from embedlib.index import Assignment, assign, save_index, train_index
+from embedlib.schemas import vectors_of
+from embedlib.shard import Chunk, Shard, build_shard
+from embedlib.sources import Part
+from embedlib.storage import Store
+from embedlib.topk import Hits, merge, recall
+from jobs.runtime import Progress, own_errors
+
+# Below this many rows brute force is quick, and exact.
+EXACT_ROWS = 1_000_000
+ROWS_A_LIST = 512
+MAX_LISTS = 1 << 18
+MAX_GRAPH_SEARCH = 4096
+RECALL_AT = 10
+
+
+class SearchConfig(Config):
+    """How the corpus is searched."""
+
+    index: str = "auto"
+    """exact: brute force; a kind of index as faiss.index_factory names it, such as IVF4096,SQ8; auto: exact up to a
+    million rows, then inverted lists of about 512 rows."""
+    shards: int | None = Field(default=None, ge=1)
+    """Pieces of the corpus, each with a process; none: one a node."""
+    nprobe: int = Field(default=16, ge=1)
+    """Lists that a query looks into, or how widely it searches a graph."""
+    min_recall: float = Field(default=0.95, ge=0, le=1)
+    """Share of the exact ten best that the index must find for a sample of the queries."""
+    raise_nprobe: bool = True
+    """Double nprobe until min_recall is met, rather than refuse."""
+    recall_queries: int = Field(default=256, ge=1)
+    """Queries of the sample."""
+    block_rows: int = Field(default=32768, ge=1)
+    """Vectors that brute force holds at a time as float32, in every shard."""
+    merged: bool = False
+    """Also write index.faiss over all shards, for kinds with inverted lists."""
+
+
+class ShardPlan(NamedTuple):
+    """A corpus in shards, as their processes must know it."""
+
+    work: str
+    """Where shards, and the empty trained index, lie; every node sees it under the same path."""
+    search: dict[str, Any]
+    chunks: list[list[Part]]
+    """The rows of each shard."""
+    columns: dict[str, str]
+    """Columns of the vector files by what they mean here."""
+    id_type: pa.DataType
+    num_own_rows: int
+    """Rows that have an id of the corpus; those after them have none."""
+    nprobe: int
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all shards, copies included."""
+        last = self.chunks[-1][-1]
+        return last.first_row + last.num_rows
+
+    @property
+    def trained(self) -> Path:
+        """The empty, trained index; no file where search is exact."""
+        return Path(self.work) / "trained.faiss"
+
+    @property
+    def first_rows(self) -> npt.NDArray[np.int64]:
+        """The first row of each shard."""
+        return np.array([parts[0].first_row for parts in self.chunks])
+
+    def directory(self, number: int) -> Path:
+        """Where shard `number` lies."""
+        return Path(self.work) / "shards" / f"{number:03}-of-{len(self.chunks):03}"
+
+
+class IndexShard:
+    """Ray actor: one shard of the corpus, built on its node if it is not there."""
+
+    def __init__(self, plan: ShardPlan, number: int, threads: int) -> None:
+        faiss.omp_set_num_threads(threads)
+        self.plan, self.number = plan, number
+        self.block_rows = SearchConfig.model_validate(plan.search).block_rows
+        self.opened: Shard | None = None
+
+    @property
+    def shard(self) -> Shard:
+        """The shard; DataError for vectors that cannot be."""
+        if self.opened is None:
+            directory = self.plan.directory(self.number)
+            if not directory.exists():
+                empty = faiss.read_index(str(self.plan.trained)) if self.plan.trained.exists() else None
+                build_shard(lambda: shard_chunks(self.plan, self.number), directory, empty)
+            self.opened = Shard.open(directory)
+        return self.opened
+
+    def num_rows(self) -> int:
+        """How many rows it holds."""
+        return len(self.shard.rows)
+
+    def rows(self) -> npt.NDArray[np.int64]:
+        """The rows it holds, which are those of distinct texts."""
+        return np.asarray(self.shard.rows)
+
+    def search(
+        self, queries: npt.NDArray[np.float32], k: int, nprobe: int, assignment: Assignment | None, exact: bool = False
+    ) -> Hits:
+        """The best `k` for `queries` (queries, dim)."""
+        shard = self.shard._replace(faiss_index=None) if exact else self.shard
+        return shard.search(queries, k, self.block_rows, nprobe, assignment)
+
+    def at(self, queries: npt.NDArray[np.float32], rows: npt.NDArray[np.int64]) -> Hits:
+        """What queries score with given rows."""
+        return self.shard.at(queries, rows)
+
+    def texts(self, rows: npt.NDArray[np.int64]) -> pa.Table:
+        """`id` and `text` of given rows."""
+        return self.shard.texts_of(rows)
+
+
+def plan_shards(
+    work: Path, search: SearchConfig, own: Sequence[Path], others: Sequence[Path], columns: dict[str, str]
+) -> ShardPlan:
+    """Cut the rows of vector files, `own` with ids and `others` without, into shards, and train their index."""
+    plan = ShardPlan(
+        work=str(work),
+        search=search.model_dump(),
+        chunks=cut([*own, *others], search.shards or len(ray.nodes())),
+        columns={"id": "id", "vector": "vector"} | columns,
+        id_type=pq.read_schema(own[0]).field("id").type if own else pa.int64(),
+        num_own_rows=sum(pq.read_metadata(file).num_rows for file in own),
+        nprobe=search.nprobe,
+    )
+    if (factory := factory_of(search.index, plan.num_rows)) and not plan.trained.exists():
+        with own_errors():
+            ray.get(ray.remote(num_cpus=1)(train_on_worker).remote(plan, factory))
+    return plan
+
+
+def vector_files(directory: Store) -> list[Path]:
+    """The part files of a vector directory in order."""
+    return [Path(file.path) for file in directory.files() if Path(file.path).name.startswith("part-")]
+
+
+def read_chunks(parts: Sequence[Part], columns: dict[str, str]) -> Iterator[Chunk]:
+    """Rows of vector files, under the names that a shard knows."""
+    for part in parts:
+        file = pq.ParquetFile(part.file)
+        chosen = {name: column for name, column in columns.items() if column in file.schema_arrow.names}
+        rows = file.read(list(chosen.values())).slice(part.start, part.num_rows)
+        yield Chunk(part.first_row, pa.table({name: rows[column] for name, column in chosen.items()}))
+
+
+def shard_chunks(plan: ShardPlan, number: int) -> Iterator[Chunk]:
+    """The rows of shard `number`, those of positives without an id."""
+    for chunk in read_chunks(plan.chunks[number], plan.columns):
+        ids = chunk.rows["id"].combine_chunks()
+        if chunk.first_row >= plan.num_own_rows:
+            ids = pa.nulls(len(chunk.rows), plan.id_type)
+        yield chunk._replace(rows=chunk.rows.set_column(0, "id", [ids]))
+
+
+def vectors_manifest(directory: Path) -> Manifest:
+    """What a vector directory says of itself; ArtifactError where it is none, or not finished."""
+    path = directory / MANIFEST_NAME
+    if not path.is_file():
+        raise ArtifactError(f"{directory}: no {MANIFEST_NAME}; expected vectors that jobs/embed.py finished")
+    return parse_manifest(path.read_bytes(), str(path))
+
+
+def check_vectors(files: Sequence[Path], columns: Sequence[str], hint: str) -> None:
+    """DataError where vector files are not all of one form, or have not kept what is needed of their texts."""
+    expected = None
+    for file in files:
+        schema = pq.read_schema(file)
+        if missing := [name for name in ("id", "vector", *columns) if name not in schema.names]:
+            raise DataError(
+                f"{file}: no column {missing[0]!r}; embed {hint or 'it'} with --columns.keep '{json.dumps([*columns])}'"
+            )
+        kind = schema.field("vector").type
+        if not (pa.types.is_fixed_size_list(kind) and pa.types.is_floating(kind.value_type)):
+            raise DataError(f"{file}: vectors are {kind}; expected float16 or float32")
+        expected = expected or kind
+        if kind != expected:
+            raise DataError(f"{file}: vectors are {kind}, others {expected}; expected one model and one number type")
+
+
+def require_distinct(files: Sequence[Path]) -> None:
+    """DataError where two rows of vector files have one id."""
+    if not files:
+        return
+    ids = pa.concat_tables([pq.read_table(file, columns=["id"]) for file in files])["id"]
+    counts = ids.value_counts().flatten()
+    if len(counts[0]) < len(ids):
+        twice = counts[0].filter(pc.greater(counts[1], 1))
+        raise DataError(f"corpus: id {twice[0]} and {len(twice) - 1} more are those of several rows; expected one")
+
+
+def cut(files: Sequence[Path], num_shards: int) -> list[list[Part]]:
+    """All rows of the files in `num_shards` runs of equal length, numbered from 0."""
+    whole: list[Part] = []
+    for file in files:
+        first = whole[-1].first_row + whole[-1].num_rows if whole else 0
+        whole.append(Part(str(file), 0, pq.read_metadata(file).num_rows, first))
+    total = whole[-1].first_row + whole[-1].num_rows
+    if num_shards > total:
+        raise ConfigError(f"search.shards: {num_shards} of {total} passages; expected fewer")
+    edges = [total * number // num_shards for number in range(num_shards + 1)]
+    return [[piece for part in whole if (piece := between(part, *run)).num_rows > 0] for run in pairwise(edges)]
+
+
+def between(part: Part, begin: int, end: int) -> Part:
+    """The rows of `part` from number `begin` up to `end`."""
+    first = max(begin, part.first_row)
+    last = min(end, part.first_row + part.num_rows)
+    return Part(part.file, part.start + first - part.first_row, last - first, first)
+
+
+def factory_of(index: str, num_rows: int) -> str | None:
+    """What faiss.index_factory is to make; none: brute force."""
+    if index == "exact" or (index == "auto" and num_rows <= EXACT_ROWS):
+        return None
+    lists = min(MAX_LISTS, 1 << round(math.log2(num_rows / ROWS_A_LIST)))
+    return f"IVF{lists},SQ8" if index == "auto" else index
+
+
+def train_on_worker(plan: ShardPlan, factory: str) -> None:
+    """Ray task: the empty index that all shards begin with."""
+    parts = [part for chunk in plan.chunks for part in chunk]
+    dim = pq.read_schema(parts[0].file).field("vector").type.list_size
+    save_index(train_index(lambda num_rows: sample(parts, num_rows), dim, factory), plan.trained)
+
+
+def sample(parts: Sequence[Part], num_rows: int) -> npt.NDArray[np.float32]:
+    """About `num_rows` vectors of all parts alike, (rows, dim)."""
+    chance = np.random.default_rng(0)
+    share = min(1.0, num_rows / sum(part.num_rows for part in parts))
+    found = []
+    for part in parts:
+        chosen = np.sort(chance.choice(part.num_rows, math.ceil(part.num_rows * share), replace=False)) + part.start
+        found.append(vectors_of(pq.read_table(part.file, columns=["vector"])["vector"].take(pa.array(chosen))))
+    return np.concatenate(found).astype(np.float32)
+
+
+def start_shards(plan: ShardPlan) -> list[Any]:
+    """The shards' actors, spread over the nodes, each with its share of a node's cores; ready to search."""
+    threads = max(1, (os.cpu_count() or 1) * len(ray.nodes()) // len(plan.chunks))
+    actor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy="SPREAD")(IndexShard)
+    shards = [actor.remote(plan, number, threads) for number in range(len(plan.chunks))]
+    progress = Progress("index", len(shards), "shards")
+    waiting = [shard.num_rows.remote() for shard in shards]
+    while waiting:
+        done, waiting = ray.wait(waiting)
+        with own_errors():
+            ray.get(done)
+        progress.update(len(shards) - len(waiting))
+    return shards
+
+
+def gated(plan: ShardPlan, shards: Sequence[Any], queries: npt.NDArray[np.float32]) -> tuple[ShardPlan, dict[str, Any]]:
+    """The plan with an nprobe that finds enough of the exact neighbours of some queries, and what was measured.
+
+    Raises ConfigError if there is none. Where search is exact, nothing is measured.
+    """
+    if not plan.trained.exists():
+        return plan, {}
+    config = SearchConfig.model_validate(plan.search)
+    index = faiss.read_index(str(plan.trained))
+    most = index.nlist if isinstance(index, faiss.IndexIVF) else MAX_GRAPH_SEARCH
+    exact = merge(ray.get([shard.search.remote(queries, RECALL_AT, 1, None, True) for shard in shards]), RECALL_AT)
+    nprobe, measured = plan.nprobe, {}
+    while True:
+        assignment = assign(index, queries, nprobe)
+        found = ray.get([shard.search.remote(queries, RECALL_AT, nprobe, assignment) for shard in shards])
+        measured[nprobe] = recall(merge(found, RECALL_AT).rows, exact.rows)
+        print(f"recall@{RECALL_AT} with nprobe {nprobe}: {measured[nprobe]:.3f} of {len(queries)} queries", flush=True)
+        if measured[nprobe] >= config.min_recall:
+            return plan._replace(nprobe=nprobe), {"recall_at_10": measured[nprobe], "nprobe": nprobe}
+        if not config.raise_nprobe or nprobe >= most:
+            raise ConfigError(
+                f"search.nprobe: {nprobe} finds {measured[nprobe]:.3f} of the exact {RECALL_AT} best; expected "
+                f"search.min_recall {config.min_recall}. Raise nprobe, or choose an index that forgets less"
+            )
+        nprobe = min(2 * nprobe, most)
+
+
+def texts_of(plan: ShardPlan, shards: Sequence[Any], rows: npt.NDArray[np.int64]) -> pa.Table:
+    """`row`, `id` and `text` of rows, which are ascending."""
+    owners = np.searchsorted(plan.first_rows, rows, "right") - 1
+    tables = ray.get([shard.texts.remote(rows[owners == number]) for number, shard in enumerate(shards)])
+    return pa.concat_tables(tables).add_column(0, "row", [pa.array(rows)])

@@ -1,0 +1,25 @@
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from benchmarks import mine
+
+
+def test_pairs_are_distinct_on_both_sides(tmp_path: Path) -> None:
+    table = pa.table({"query": ["a", "a", "b", "c"], "passage": ["x", "y", "x", "z"]})
+    pq.write_table(table, tmp_path / "source.parquet")
+    mine.write_pairs(tmp_path / "source.parquet", tmp_path / "pairs.parquet", 2)
+    pairs = pq.read_table(tmp_path / "pairs.parquet").to_pydict()
+    assert len(set(pairs["query"])) == len(set(pairs["passage"])) == 2
+    with pytest.raises(SystemExit, match="--sizes asks for 9"):
+        mine.write_pairs(tmp_path / "source.parquet", tmp_path / "pairs.parquet", 9)
+
+
+def test_agreement_tells_ties_from_differences() -> None:
+    ours = {"a": [("x", 0.9), ("y", 0.5)], "b": [("x", 0.9)], "c": [("x", 0.9)], "d": [("x", 0.9)]}
+    peers = {"a": [("y", 0.5), ("x", 0.9)], "b": [("z", 0.9 + 1e-6)], "c": [("z", 0.8)], "d": []}
+    found = mine.agreement(ours, peers)
+    assert (found["queries"], found["same"], found["ties"], found["others"]) == (4, 1, 1, 2)
+    assert found["farthest"] == pytest.approx(0.1)

@@ -1,0 +1,250 @@
+"""Mining on a real local cluster: what is found, whatever the shards, the resume, the gate and the refusals."""
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import mine_hard_negatives
+
+from embedlib.encoder import Encoder
+from embedlib.errors import ArtifactError, ConfigError, DataError
+from embedlib.schemas import vector_column
+from jobs.mine import MineConfig, mine
+from jobs.parts import part_name
+
+pytestmark = pytest.mark.ray
+
+RULE = {"max_negatives": 3, "relative_margin": 0.01, "range_max": 20}
+
+
+@pytest.fixture(scope="module")
+def pairs(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Each noun and predicate in English with its German and French translations: 48 pairs of 24 queries."""
+    rows = pq.read_table(tiny_corpus).to_pylist()
+    texts = {(row["lang"], row["group"]): row["text"] for row in rows}
+    pairs = [(texts["en", group], texts[lang, group], lang) for lang in ("de", "fr") for group in range(24)]
+    path = tmp_path_factory.mktemp("pairs") / "pairs.parquet"
+    pq.write_table(pa.table(dict(zip(("query", "positive", "lang"), zip(*pairs, strict=True), strict=True))), path)
+    return path
+
+
+def config_for(output: Path, model: Path, pairs: Path, corpus: Path | None, **changes: Any) -> MineConfig:
+    values = {"pairs": str(pairs), "corpus": str(corpus) if corpus else None, "output": str(output)}
+    values |= {"model": str(model), "rule": RULE, "backend": "torch-float32", "vector_dtype": "float32"}
+    return MineConfig.model_validate(values | {"queries_per_block": 10} | changes)
+
+
+@pytest.fixture(scope="module")
+def whole(
+    ray_cluster: None, tiny_encoder: Path, tiny_corpus: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """What an undisturbed run on one shard makes."""
+    output = tmp_path_factory.mktemp("mined") / "whole"
+    mine(config_for(output, tiny_encoder, pairs, tiny_corpus))
+    return output
+
+
+@pytest.fixture
+def output(whole: Path, tmp_path: Path) -> Path:
+    """A directory where everything is embedded, and nothing mined."""
+    return with_vectors_of(whole, tmp_path / "mined")
+
+
+def with_vectors_of(whole: Path, output: Path) -> Path:
+    shutil.copytree(whole / "work" / "vectors", output / "work" / "vectors")
+    return output
+
+
+def rows_of(output: Path) -> list[dict[str, Any]]:
+    table = pa.concat_tables([pq.read_table(path) for path in sorted(output.glob("part-*.parquet"))])
+    rows: list[dict[str, Any]] = table.to_pylist()
+    return rows
+
+
+def test_negatives_are_those_of_brute_force_whatever_the_shards(
+    whole: Path, output: Path, tiny_encoder: Path, tiny_corpus: Path, pairs: Path
+) -> None:
+    mine(config_for(output, tiny_encoder, pairs, tiny_corpus, search={"shards": 3, "block_rows": 50}))
+    found = rows_of(whole)
+    assert rows_of(output) == found
+    assert [row["id"] for row in found] == list(range(24))
+
+    corpus = pq.read_table(tiny_corpus).to_pylist()
+    encoder = Encoder.load(tiny_encoder, dtype=torch.float32)
+    documents = encoder.encode([row["text"] for row in corpus], "document").astype(np.float64)
+    for row in found:
+        scores = documents @ encoder.encode([row["query"]], "query")[0].astype(np.float64)
+        by_text = {row["text"]: score for row, score in zip(corpus, scores, strict=True)}
+        lowest = min(by_text[text] for text in row["positives"])
+        assert row["positive_scores"] == pytest.approx([by_text[text] for text in row["positives"]], abs=1e-5)
+        others = {text: score for text, score in by_text.items() if text not in (*row["positives"], row["query"])}
+        passing = sorted((score for score in others.values() if score <= lowest - 0.01 * abs(lowest)), reverse=True)
+        assert row["negative_scores"] == pytest.approx(passing[: len(row["negatives"])], abs=1e-5)
+        assert [corpus[number]["text"] for number in row["negative_ids"]] == row["negatives"]
+        assert row["is_random"] == [False] * len(row["negatives"])
+
+    manifest = json.loads((whole / "manifest.json").read_text())
+    assert manifest["measurements"]["negatives"] == sum(len(row["negatives"]) for row in found)
+    assert manifest["measurements"]["positives"] == 48
+    assert set(manifest["parents"]) == {"model", "pairs", "corpus"}
+    assert manifest["config"]["rule"]["relative_margin"] == 0.01
+
+
+def test_sentence_transformers_finds_the_same(
+    ray_cluster: None, tiny_encoder: Path, pairs: Path, tmp_path: Path
+) -> None:
+    mine(
+        config_for(
+            tmp_path, tiny_encoder, pairs, None, rule={"max_negatives": 4, "relative_margin": 0.02, "range_max": 48}
+        )
+    )
+    table = pq.read_table(pairs, columns=["query", "positive"])
+    peers = mine_hard_negatives(
+        Dataset(table),
+        SentenceTransformer(str(tiny_encoder), device="cpu"),
+        num_negatives=4,
+        range_max=48,
+        relative_margin=0.02,
+        output_format="labeled-list",
+        verbose=False,
+    )
+    expected = {row["query"]: set(row["positive"][1:]) for row in peers.to_list()}
+    assert {row["query"]: set(row["negatives"]) for row in rows_of(tmp_path) if row["negatives"]} == expected
+
+
+def test_a_killed_process_changes_nothing_and_a_resumed_run_repeats_nothing(
+    whole: Path, output: Path, tiny_encoder: Path, tiny_corpus: Path, pairs: Path
+) -> None:
+    config = config_for(output, tiny_encoder, pairs, tiny_corpus, search={"shards": 2})
+    killed: list[int] = []
+
+    def kill() -> None:
+        deadline = time.monotonic() + 120
+        while len(killed) < 2 and time.monotonic() < deadline:
+            for directory in Path("/proc").glob("[0-9]*"):
+                title = read(directory / "cmdline")
+                if (b"ray::IndexShard" in title or b"ray::Miner" in title) and int(directory.name) not in killed:
+                    killed.append(int(directory.name))
+                    os.kill(killed[-1], signal.SIGKILL)
+            time.sleep(0.05)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    mine(config)
+    killer.join()
+    assert len(killed) >= 2
+    assert rows_of(output) == rows_of(whole)
+
+    kept, lost = (output / part_name(number) for number in (0, 1))
+    before, stamp = lost.read_bytes(), kept.stat().st_mtime_ns
+    lost.unlink()
+    (output / "manifest.json").unlink()
+    mine(config)
+    assert (lost.read_bytes(), kept.stat().st_mtime_ns) == (before, stamp)
+
+
+def read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def test_an_index_must_find_enough(
+    whole: Path,
+    output: Path,
+    tiny_encoder: Path,
+    tiny_corpus: Path,
+    pairs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    search = {"index": "IVF6,Flat", "nprobe": 1, "shards": 2, "merged": True, "min_recall": 1.0}
+    manifest = mine(config_for(output, tiny_encoder, pairs, tiny_corpus, search=search)).manifest
+    assert manifest.measurements["recall_at_10"] == 1
+    assert manifest.measurements["nprobe"] > 1
+    assert "recall@10 with nprobe 1: 0." in capsys.readouterr().out
+    if manifest.measurements["nprobe"] == 6:
+        assert rows_of(output) == rows_of(whole)
+    index = faiss.read_index(str(output / "index.faiss"))
+    assert index.ntotal == sum(len(np.load(path)) for path in output.glob("work/shards/*/rows.npy"))
+    other = with_vectors_of(whole, tmp_path / "refused")
+    refused = config_for(other, tiny_encoder, pairs, tiny_corpus, search=search | {"raise_nprobe": False})
+    with pytest.raises(ConfigError, match=r"nprobe: 1 finds 0\.\d+ of the exact 10 best"):
+        mine(refused)
+
+
+def test_what_is_short_is_filled_and_marked(
+    whole: Path, tiny_encoder: Path, tiny_corpus: Path, pairs: Path, tmp_path: Path
+) -> None:
+    rule = {"max_negatives": 6, "max_score": 0.5, "relative_margin": None, "short": "random", "range_max": 8}
+    one, three, short = (with_vectors_of(whole, tmp_path / name) for name in ("one", "three", "short"))
+    mine(config_for(one, tiny_encoder, pairs, tiny_corpus, rule=rule))
+    mine(config_for(three, tiny_encoder, pairs, tiny_corpus, rule=rule, search={"shards": 3}))
+    found, again = rows_of(one), rows_of(three)
+    assert [row["negatives"] for row in found] == [row["negatives"] for row in again]
+    assert any(any(row["is_random"]) for row in found)
+    for row in found:
+        assert len(set(row["negatives"])) == len(row["negatives"])
+        assert not {row["query"], *row["positives"]} & {*row["negatives"]}
+        assert max(row["negative_scores"], default=0) <= 0.5
+    dropped = mine(config_for(short, tiny_encoder, pairs, tiny_corpus, rule=rule | {"short": "drop"})).manifest
+    assert dropped.measurements["dropped"] == 24 - dropped.measurements["queries"] > 0
+
+
+def test_pairs_that_cannot_be_used_are_told(
+    ray_cluster: None, tiny_encoder: Path, tiny_corpus: Path, pairs: Path, tmp_path: Path
+) -> None:
+    table = pq.read_table(pairs).to_pylist()
+    table[3]["positive"], table[5]["query"] = None, "  "
+    pq.write_table(pa.Table.from_pylist(table), tmp_path / "pairs.parquet")
+    manifest = mine(config_for(tmp_path / "out", tiny_encoder, tmp_path / "pairs.parquet", tiny_corpus)).manifest
+    quarantined = pq.read_table(tmp_path / "out" / "quarantine" / "pairs.parquet").to_pylist()
+    assert [(row["row"], row["reason"]) for row in quarantined] == [(3, "null"), (5, "empty")]
+    assert manifest.measurements["rejected_pairs"] == 2
+
+
+def test_what_cannot_be_is_refused(
+    whole: Path, tiny_encoder: Path, tiny_xlmr: Path, pairs: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole / "work" / "vectors" / "corpus", tmp_path / "vectors")
+    given = {"vectors": str(tmp_path / "vectors")}
+
+    def refused(error: type[Exception], match: str, model: Path = tiny_encoder, **changes: Any) -> None:
+        name = f"refused-{len(list(tmp_path.iterdir()))}"
+        output = with_vectors_of(whole, tmp_path / name) if model == tiny_encoder else tmp_path / name
+        with pytest.raises(error, match=match):
+            mine(config_for(output, model, pairs, None, **changes))
+
+    refused(ArtifactError, r"was made by model \w{12}; expected \w{12}, this model", tiny_xlmr, **given)
+    refused(DataError, "no column 'answer'", **given, columns={"positive": "answer"})
+    refused(ConfigError, "negatives up to rank 500 of a corpus of 48 passages", rule={"max_negatives": 500})
+    with pytest.raises(ArtifactError, match="holds negatives"):
+        mine(config_for(whole, tiny_encoder, pairs, None, rule=RULE | {"seed": 1}))
+
+    part = tmp_path / "vectors" / part_name(0)
+    table = pq.read_table(part)
+    broken = np.array(table["vector"].to_pylist(), np.float32)
+    broken[7, 3] = np.nan
+    for match, column, values in (
+        (r"row 7 and 0 more: not finite", "vector", vector_column(broken)),
+        (r"id 0 and 0 more are those of several rows", "id", pa.array([0, *range(len(table) - 1)])),
+        (r"vectors are .*\[32\], others .*\[16\]; expected one model", "vector", vector_column(broken[:, :16].copy())),
+    ):
+        pq.write_table(table.set_column(table.column_names.index(column), column, values), part)
+        refused(DataError, match, **given)
+    pq.write_table(table.drop(["text"]), part)
+    refused(DataError, r"no column 'text'; embed .* with --columns.keep", **given)
