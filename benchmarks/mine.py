@@ -201,7 +201,7 @@ def mine_peer(model: Path, pairs: Path) -> Mined:
             Dataset.from_parquet(str(pairs)),
             SentenceTransformer(str(model), device="cpu"),
             num_negatives=RULE["max_negatives"],
-            range_max=RULE["range_max"],
+            range_max=RULE["range_max"] + 1,  # embedlib looks one deeper, since a query's own text may be there
             relative_margin=RULE["relative_margin"],
             output_format="labeled-list",
             output_scores=True,

@@ -32,10 +32,12 @@ RULE = {"max_negatives": 3, "relative_margin": 0.01, "range_max": 20}
 
 @pytest.fixture(scope="module")
 def pairs(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Each noun and predicate in English with its German and French translations: 48 pairs of 24 queries."""
+    """Each noun and predicate in English with its German and French translations: 48 pairs of 24 queries, and two that
+    cannot be used."""
     rows = pq.read_table(tiny_corpus).to_pylist()
     texts = {(row["lang"], row["group"]): row["text"] for row in rows}
     pairs = [(texts["en", group], texts[lang, group], lang) for lang in ("de", "fr") for group in range(24)]
+    pairs += [("a query", None, "de"), ("  ", "eine Antwort", "de")]
     path = tmp_path_factory.mktemp("pairs") / "pairs.parquet"
     pq.write_table(pa.table(dict(zip(("query", "positive", "lang"), zip(*pairs, strict=True), strict=True))), path)
     return path
@@ -101,6 +103,9 @@ def test_negatives_are_those_of_brute_force_whatever_the_shards(
     assert manifest["measurements"]["positives"] == 48
     assert set(manifest["parents"]) == {"model", "pairs", "corpus"}
     assert manifest["config"]["rule"]["relative_margin"] == 0.01
+    assert manifest["measurements"]["rejected_pairs"] == 2
+    quarantined = pq.read_table(whole / "quarantine" / "pairs.parquet").to_pylist()
+    assert [(row["row"], row["reason"]) for row in quarantined] == [(48, "null"), (49, "empty")]
 
 
 def test_sentence_transformers_finds_the_same(
@@ -111,7 +116,7 @@ def test_sentence_transformers_finds_the_same(
             tmp_path, tiny_encoder, pairs, None, rule={"max_negatives": 4, "relative_margin": 0.02, "range_max": 48}
         )
     )
-    table = pq.read_table(pairs, columns=["query", "positive"])
+    table = pq.read_table(pairs, columns=["query", "positive"]).slice(0, 48)
     peers = mine_hard_negatives(
         Dataset(table),
         SentenceTransformer(str(tiny_encoder), device="cpu"),
@@ -203,18 +208,6 @@ def test_what_is_short_is_filled_and_marked(
         assert max(row["negative_scores"], default=0) <= 0.5
     dropped = mine(config_for(short, tiny_encoder, pairs, tiny_corpus, rule=rule | {"short": "drop"})).manifest
     assert dropped.measurements["dropped"] == 24 - dropped.measurements["queries"] > 0
-
-
-def test_pairs_that_cannot_be_used_are_told(
-    ray_cluster: None, tiny_encoder: Path, tiny_corpus: Path, pairs: Path, tmp_path: Path
-) -> None:
-    table = pq.read_table(pairs).to_pylist()
-    table[3]["positive"], table[5]["query"] = None, "  "
-    pq.write_table(pa.Table.from_pylist(table), tmp_path / "pairs.parquet")
-    manifest = mine(config_for(tmp_path / "out", tiny_encoder, tmp_path / "pairs.parquet", tiny_corpus)).manifest
-    quarantined = pq.read_table(tmp_path / "out" / "quarantine" / "pairs.parquet").to_pylist()
-    assert [(row["row"], row["reason"]) for row in quarantined] == [(3, "null"), (5, "empty")]
-    assert manifest.measurements["rejected_pairs"] == 2
 
 
 def test_what_cannot_be_is_refused(

@@ -39,7 +39,8 @@ def deploy(tiny_xlmr: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 
     def deploy(full: Path) -> None:
         models = {"full": replica | {"path": str(full)}, "compressed": compressed}
-        serve.run(build_app({"models": models, "batches": batches}), name="embedlib")
+        limits = {"min_under_way": 1000}
+        serve.run(build_app({"models": models, "batches": batches, "limits": limits}), name="embedlib")
 
     return deploy
 

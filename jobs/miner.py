@@ -1,0 +1,174 @@
+"""The process that mines: it takes blocks of queries through all shards and writes their negatives.
+
+It is a module of its own so that its processes start without the libraries that embed.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from embedlib.index import assign
+from embedlib.negatives import NegativeRule, Queries, mix, select
+from embedlib.schemas import negatives_schema, vectors_of
+from embedlib.shard import Shard, inner_products, text_keys
+from embedlib.storage import Store
+from embedlib.topk import NO_ROW, Hits, merge
+from jobs.parts import part_name, write_parquet
+from jobs.shards import ShardPlan, texts_of
+
+STATISTICS = b"embedlib.mined"
+DRAWN_A_NEGATIVE = 4
+
+
+class MinePlan(NamedTuple):
+    """What the miners must know."""
+
+    output: str
+    rule: dict[str, Any]
+    shards: ShardPlan
+    num_blocks: int
+
+    @property
+    def work(self) -> Path:
+        """Where vectors, positives and shards lie."""
+        return Path(self.output) / "work"
+
+
+class Miner:
+    """Ray actor: takes blocks of queries through all shards and writes their negatives."""
+
+    def __init__(self, plan: MinePlan, shards: list[Any]) -> None:
+        self.plan, self.shards = plan, shards
+        self.rule = NegativeRule.model_validate(plan.rule)
+        self.trained = faiss.read_index(str(plan.shards.trained)) if plan.shards.trained.exists() else None
+        self.positives = Shard.open(plan.work / "positives")
+        self.positive_ids = self.positives.texts["id"].to_numpy()
+        self.links = np.load(plan.work / "links.npy", mmap_mode="r")
+
+    def mine(self, number: int) -> dict[str, Any]:
+        """Mine block `number` and put its part file in place; give back what it holds."""
+        block = read_queries(self.plan, number)
+        vectors = vectors_of(block["vector"]).astype(np.float32)
+        owned = self.owned(block["id"].to_numpy())
+        queries = self.described(block, vectors, owned)
+        k = self.rule.depth(int((queries.positive_keys != 0).sum(axis=1).max(initial=0)))
+        assignment = assign(self.trained, vectors, self.plan.shards.nprobe) if self.trained else None
+        sent = ray.put(vectors)
+        found = ray.get([shard.search.remote(sent, k, self.plan.shards.nprobe, assignment) for shard in self.shards])
+        chosen, rejected = select(merge(found, k), queries, self.rule)
+        drawn = np.zeros(chosen.rows.shape, np.bool_)
+        if self.rule.short == "random":
+            chosen, drawn = self.filled(chosen, queries, vectors)
+        return self.write(number, block, owned, queries, chosen, drawn, rejected)
+
+    def owned(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Positions (queries, most positives) of each query's positives, -1 where there is no more."""
+        begins, ends = np.searchsorted(self.links[:, 0], ids), np.searchsorted(self.links[:, 0], ids, "right")
+        columns = np.arange(max(1, int((ends - begins).max(initial=0))))
+        links = np.minimum(begins[:, None] + columns, len(self.links) - 1)
+        wanted = self.links[:, 1][links]
+        positions = np.minimum(np.searchsorted(self.positive_ids, wanted), len(self.positive_ids) - 1)
+        there = (columns < (ends - begins)[:, None]) & (self.positive_ids[positions] == wanted)
+        return np.where(there, positions, NO_ROW)
+
+    def described(self, block: pa.Table, vectors: npt.NDArray[np.float32], owned: npt.NDArray[np.int64]) -> Queries:
+        """What the rule must know of a block of queries."""
+        there = owned != NO_ROW
+        langs = text_keys(block["lang"]) if "lang" in block.column_names else np.zeros(len(block), np.uint64)
+        scores = inner_products(vectors, self.positives.vectors, owned).astype(np.float32)
+        return Queries(
+            keys=text_keys(block["text"]),
+            langs=langs,
+            positive_keys=np.where(there, self.positives.keys[owned], np.uint64(0)),
+            positive_documents=np.where(there, self.positives.documents[owned], np.uint64(0)),
+            positive_scores=np.where(there, scores, np.float32(np.inf)),
+        )
+
+    def filled(
+        self, chosen: Hits, queries: Queries, vectors: npt.NDArray[np.float32]
+    ) -> tuple[Hits, npt.NDArray[np.bool_]]:
+        """`chosen` with random passages where a query is short, and which they are."""
+        wanted = self.rule.max_negatives
+        short = np.flatnonzero((chosen.rows == NO_ROW).any(axis=1) | (chosen.rows.shape[1] < wanted))
+        drawn = np.zeros((len(vectors), wanted), np.bool_)
+        missing = wanted - chosen.rows.shape[1]
+        chosen = Hits._make(np.pad(field, ((0, 0), (0, missing))) for field in chosen)
+        chosen = chosen.masked(drawn | (np.arange(wanted) >= wanted - missing))
+        if not len(short):
+            return chosen, drawn
+        some = Queries._make(field[short] for field in queries)
+        numbers = np.arange(DRAWN_A_NEGATIVE * wanted, dtype=np.uint64) ^ mix(np.array([self.rule.seed], np.uint64))
+        rows = (mix(some.keys[:, None] ^ mix(numbers)) % np.uint64(self.plan.shards.num_rows)).astype(np.int64)
+        sent = ray.put(vectors[short])
+        hits = merge(ray.get([shard.at.remote(sent, rows) for shard in self.shards]), rows.shape[1])
+        taken = (hits.keys[:, :, None] == chosen.keys[short][:, None, :]).any(axis=2)
+        rule = self.rule.model_copy(update={"range_min": 0, "range_max": None, "sampling": "random"})
+        fill = select(hits.masked(taken), some, rule).hits
+        for query, row in enumerate(short):
+            places = np.flatnonzero(chosen.rows[row] == NO_ROW)
+            new = np.flatnonzero(fill.rows[query] != NO_ROW)[: len(places)]
+            for name in Hits._fields:
+                getattr(chosen, name)[row, places[: len(new)]] = getattr(fill, name)[query, new]
+            drawn[row, places[: len(new)]] = True
+        return chosen, drawn
+
+    def write(
+        self,
+        number: int,
+        block: pa.Table,
+        owned: npt.NDArray[np.int64],
+        queries: Queries,
+        chosen: Hits,
+        drawn: npt.NDArray[np.bool_],
+        rejected: dict[str, int],
+    ) -> dict[str, Any]:
+        """Write one part file."""
+        there = chosen.rows != NO_ROW
+        found = there.sum(axis=1)
+        kept = (owned != NO_ROW).any(axis=1) & ((found == self.rule.max_negatives) | (self.rule.short != "drop"))
+        texts = texts_of(self.plan.shards, self.shards, np.unique(chosen.rows[kept][there[kept]]))
+        places = np.searchsorted(texts["row"].to_numpy(), chosen.rows[kept][there[kept]])
+        owned_there = owned[kept] != NO_ROW
+        columns = {
+            "id": block["id"].filter(kept),
+            "query": block["text"].filter(kept),
+            "positives": lists(self.positives.texts["text"].take(pa.array(owned[kept][owned_there])), owned_there),
+            "positive_scores": lists(pa.array(queries.positive_scores[kept][owned_there]), owned_there),
+            "negatives": lists(texts["text"].take(pa.array(places)), there[kept]),
+            "negative_scores": lists(pa.array(chosen.scores[kept][there[kept]]), there[kept]),
+            "negative_ids": lists(texts["id"].take(pa.array(places)), there[kept]),
+            "is_random": lists(pa.array(drawn[kept][there[kept]]), there[kept]),
+        }
+        statistics = {
+            "queries": int(kept.sum()),
+            "short": int((found < self.rule.max_negatives).sum()),
+            "dropped": int((~kept).sum()),
+            "negatives": int(there[kept].sum()),
+            "random": int(drawn[kept].sum()),
+            "negative_score": float(chosen.scores[kept][there[kept]].sum()),
+            "positive_score": float(queries.positive_scores[kept][owned_there].sum()),
+            "positives": int(owned_there.sum()),
+            "rejected": rejected,
+        }
+        schema = negatives_schema(texts.schema.field("id").type)
+        table = pa.table(columns, schema).replace_schema_metadata({STATISTICS: json.dumps(statistics)})
+        write_parquet(Store.at(self.plan.output) / part_name(number), table)
+        return statistics
+
+
+def lists(values: pa.Array | pa.ChunkedArray, there: npt.NDArray[np.bool_]) -> pa.Array:
+    """`values` of all rows in one, as a list a row of as many as `there` (rows, n) says."""
+    flat = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+    return pa.ListArray.from_arrays(pa.array(np.append(0, there.sum(axis=1).cumsum()), pa.int32()), flat)
+
+
+def read_queries(plan: MinePlan, number: int) -> pa.Table:
+    """A block of queries: `id`, `text`, `vector` and, where known, `lang`."""
+    return pq.read_table(plan.work / "vectors" / "queries" / part_name(number))
