@@ -11,11 +11,9 @@ import argparse
 import json
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -33,7 +31,7 @@ from rich.table import Table
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from benchmarks.command import benchmark_parser, read_texts, write_result
-from benchmarks.machine import describe_machine, in_fresh_process
+from benchmarks.machine import describe_machine, in_fresh_process, watched_memory
 from embedlib.encoder import Encoder
 from embedlib.model_directory import write_body, write_head, write_tokenizer
 from embedlib.pretrained import EMBEDDED_TEACHER, pretrained_directory
@@ -43,7 +41,6 @@ from jobs.runtime import connect, cpu_processes
 LOOP_TEXTS, QUICK_LOOP_TEXTS = 16_000, 1000
 ROWS, QUICK_ROWS = (200_000, 1_000_000, 5_000_000), (20_000, 40_000, 80_000)
 PART_ROWS = 2048
-SAMPLE_SECONDS = 0.2
 
 
 class Growth(NamedTuple):
@@ -177,28 +174,10 @@ def measure_growth(work: Path, model: Path, texts: list[str], num_rows: int) -> 
     corpus = work / f"rows-{num_rows}.parquet"
     write_rows(corpus, texts, num_rows)
     connect()
-    with watched_memory() as peak:
+    with watched_memory(job_rss) as peak:
         result = embed(EmbedConfig(input=str(corpus), output=str(work / f"vectors-{num_rows}"), model=str(model)))
     ray.shutdown()
     return Growth(num_rows, num_rows / result.texts_per_s, peak[0])
-
-
-@contextmanager
-def watched_memory() -> Iterator[list[int]]:
-    """The most bytes that this process and the encoders held together, in a list of one, seen while it is open."""
-    peak, done = [0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(SAMPLE_SECONDS):
-            peak[0] = max(peak[0], job_rss())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield peak
-    finally:
-        done.set()
-        watcher.join()
 
 
 def job_rss() -> int:

@@ -2,9 +2,11 @@
 
 import os
 import platform
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,12 +19,31 @@ from embedlib.memory import keep_freed_memory
 T = TypeVar("T")
 
 MATMUL_SIZE, MATMUL_RUNS = 2048, 5
+SAMPLE_SECONDS = 0.2
 
 
 def in_fresh_process(function: Callable[..., T], *arguments: Any) -> T:
     """Call `function` in a process that has done nothing before: no warm caches, threads or allocator settings."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
+
+
+@contextmanager
+def watched_memory(held: Callable[[], int]) -> Iterator[list[int]]:
+    """The most bytes that `held` told of while it is open, in a list of one."""
+    peak, done = [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(SAMPLE_SECONDS):
+            peak[0] = max(peak[0], held())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        watcher.join()
 
 
 def describe_machine() -> dict[str, Any]:

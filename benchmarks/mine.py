@@ -10,10 +10,8 @@ import argparse
 import json
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -32,7 +30,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import mine_hard_negatives
 
 from benchmarks.command import benchmark_parser, demo_lines, write_result
-from benchmarks.machine import describe_machine, in_fresh_process
+from benchmarks.machine import describe_machine, in_fresh_process, watched_memory
 from embedlib.compress.layers import keep_layers
 from embedlib.index import assign
 from embedlib.pairs import read_pairs
@@ -50,7 +48,6 @@ SEARCHED_QUERIES, SAMPLED_QUERIES, BLOCK = 8192, 256, 2048
 TIE = 1e-5
 LABELLED = ("queries", "corpus", "qrels")
 MARGINS = {"without a margin": None, "95 % of the positive": 0.05}
-SAMPLE_SECONDS = 0.2
 
 
 class Mined(NamedTuple):
@@ -162,7 +159,7 @@ def write_pairs(source: Path | None, path: Path, num_pairs: int) -> None:
 
 def mine_ours(output: Path, model: Path, pairs: Path) -> Mined:
     """`jobs/mine.py` in float32 throughout, from joining a cluster to the manifest."""
-    with watched_memory() as peak:
+    with watched_memory(held) as peak:
         start = time.perf_counter()
         connect()
         mine(ours(output, model, pairs))
@@ -195,7 +192,7 @@ def ours(output: Path, model: Path, pairs: Path, **search: Any) -> MineConfig:
 
 def mine_peer(model: Path, pairs: Path) -> Mined:
     """sentence-transformers' miner as its documentation has it, with the same rule."""
-    with watched_memory() as peak:
+    with watched_memory(held) as peak:
         start = time.perf_counter()
         found = mine_hard_negatives(
             Dataset.from_parquet(str(pairs)),
@@ -235,24 +232,6 @@ def agreement(
         "others": others,
         "farthest": farthest,
     }
-
-
-@contextmanager
-def watched_memory() -> Iterator[list[int]]:
-    """The most bytes that this process, its children and all processes of Ray held together, in a list of one."""
-    peak, done = [0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(SAMPLE_SECONDS):
-            peak[0] = max(peak[0], held())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield peak
-    finally:
-        done.set()
-        watcher.join()
 
 
 def held() -> int:

@@ -35,7 +35,7 @@ from embedlib.margin import (
     first_of_group,
     matched,
 )
-from embedlib.schemas import vectors_of
+from embedlib.schemas import vector_column, vectors_of
 from embedlib.storage import Store, user_path
 from embedlib.topk import NO_ROW, Hits, merge
 from jobs.parts import claim, missing_parts, part_name, write_parquet
@@ -101,7 +101,7 @@ class Finder:
             for begin in range(0, len(vectors), QUERIES_AT_ONCE)
         ]
         columns = {
-            name: pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate(parts).reshape(-1)), self.neighbours)
+            name: vector_column(np.concatenate(parts))
             for name, parts in zip(Neighbours._fields, zip(*found, strict=True), strict=True)
         }
         write_parquet(Store.at(str(self.output)) / part_name(number), pa.table(columns))
