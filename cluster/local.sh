@@ -10,6 +10,7 @@ export EMBEDLIB_CWD="$PWD"
 cd "$(dirname "$0")/.."
 
 export EMBEDLIB_ARTIFACTS="${EMBEDLIB_ARTIFACTS:-$PWD/artifacts}"
+unset PYTHONDONTWRITEBYTECODE # every worker would compile its libraries anew, which doubles its start
 export PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0 RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0 RAY_COLOR_PREFIX=0
 # On a machine of few cores a worker of low priority waits for every small task of Ray's own: a fifth of its speed.
 export RAY_worker_niceness=0
