@@ -58,6 +58,11 @@ class EmbeddingConfig(Config):
     chunk_overlap: int = Field(default=32, ge=0)
     """Tokens that neighbouring chunks share."""
 
+    @property
+    def needs_sample(self) -> bool:
+        """Whether texts have to be embedded before it is settled how to embed."""
+        return self.backend not in (None, REFERENCE) or self.vectors.dtype in NEEDS_RANGES
+
 
 class Prepared(Config):
     """What has to be the same for all texts of a run, settled before the first."""
@@ -93,8 +98,12 @@ class TextEmbedder:
         cls, directory: Path, config: EmbeddingConfig, prepared: Prepared, device: torch.device, cache: Path
     ) -> Self:
         """The embedder that `prepare` settled on."""
-        ranges = np.array(prepared.ranges, np.float32) if prepared.ranges else None
-        return cls(load_encoder(directory, prepared.backend, device, cache), config, ranges)
+        return cls.of(load_encoder(directory, prepared.backend, device, cache), config, prepared)
+
+    @classmethod
+    def of(cls, encoder: Encoder, config: EmbeddingConfig, prepared: Prepared) -> Self:
+        """The same on an encoder that is there already."""
+        return cls(encoder, config, np.array(prepared.ranges, np.float32) if prepared.ranges else None)
 
     def embed(self, texts: Sequence[str], numbers: Sequence[int]) -> Embedded:
         """Embed texts with these row numbers."""

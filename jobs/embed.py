@@ -8,12 +8,12 @@ from jobs.cli import run_job  # isort: skip (takes jobs/ off sys.path before any
 
 import hashlib
 import json
-import math
 import os
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +27,7 @@ from pydantic import Field
 
 from embedlib import errors
 from embedlib.artifact import MANIFEST_NAME, Manifest, fingerprint, hash_file, model_fingerprint
+from embedlib.backends import load_encoder
 from embedlib.embedding import EmbeddingConfig, Prepared, TextEmbedder, prepare
 from embedlib.encoder import default_device
 from embedlib.errors import ArtifactError, ConfigError, DataError, EmbedlibError
@@ -107,40 +108,77 @@ class PartStatistics(NamedTuple):
     seconds: float
 
 
-class EmbedPart:
-    """Ray actor: loads the encoder once, embeds parts and writes them."""
+class EmbedPlan(NamedTuple):
+    """An input to embed, as its driver knows it."""
 
-    def __init__(self, model: str, source: Store, config: dict[str, Any], prepared: dict[str, Any]) -> None:
+    config: EmbedConfig
+    output: Store
+    mark: str
+    """Fingerprint of the vectors."""
+    parents: dict[str, str]
+    source: Store
+    """A file of the input, for its filesystem."""
+    parts: list[Part]
+    missing: list[int]
+    """Numbers of the parts that are not there yet."""
+
+    def sample(self) -> list[Part]:
+        """Rows to choose a backend and calibrate on, from the beginnings of up to 16 parts."""
+        numbers = np.unique(np.linspace(0, len(self.parts) - 1, 16).astype(int)).tolist() if self.parts else []
+        share = -(-CALIBRATION_TEXTS // max(len(numbers), 1))
+        return [self.parts[number]._replace(num_rows=min(self.parts[number].num_rows, share)) for number in numbers]
+
+
+class EmbedWork(NamedTuple):
+    """An input to embed, as its workers know it; it pickles without a class of configuration."""
+
+    source: Store
+    config: dict[str, Any]
+    prepared: dict[str, Any]
+
+
+class EmbedPart:
+    """Ray actor: loads the encoder once, embeds parts of one or several inputs and writes them."""
+
+    def __init__(self, model: str, works: Sequence[EmbedWork]) -> None:
         quiet()
-        self.config = EmbedConfig.model_validate(config)
-        self.source, self.output = source, Store.at(self.config.output)
-        self.embedder = TextEmbedder.load(
-            Path(model), self.config.embedding, Prepared.model_validate(prepared), worker_device(), cache_directory()
-        )
+        self.sources = [work.source for work in works]
+        self.configs = [EmbedConfig.model_validate(work.config) for work in works]
+        prepared = [Prepared.model_validate(work.prepared) for work in works]
+        device = worker_device()
+        encoders = {
+            backend: load_encoder(Path(model), backend, device, cache_directory())
+            for backend in dict.fromkeys(settled.backend for settled in prepared)
+        }
+        self.embedders = [
+            TextEmbedder.of(encoders[settled.backend], config.embedding, settled)
+            for config, settled in zip(self.configs, prepared, strict=True)
+        ]
 
     def __call__(self, batch: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         """Embed the parts numbered in `batch["number"]`; give back what each held and took, or its error."""
         done = []
-        for number, part in zip(batch["number"], batch["part"], strict=True):
+        for work, number, part in zip(batch["work"], batch["number"], batch["part"], strict=True):
             try:
                 start = time.time()  # of all machines alike
-                statistics = self.embed(int(number), Part(*json.loads(part)))
+                statistics = self.embed(int(work), int(number), Part(*json.loads(part)))
                 counts = {"rows": statistics.rows, "tokens": statistics.tokens}
-                done.append({"error": "", "start": start, "end": time.time()} | counts)
+                done.append({"work": work, "error": "", "start": start, "end": time.time()} | counts)
             except EmbedlibError as error:
                 # Raised here, it would be retried without end or come back as Ray's error round a traceback.
-                problem = {"kind": type(error).__name__, "message": str(error)}
-                done.append({"error": json.dumps(problem), "start": 0.0, "end": 0.0, "rows": 0, "tokens": 0})
+                problem = json.dumps({"kind": type(error).__name__, "message": str(error)})
+                done.append({"work": work, "error": problem, "start": 0.0, "end": 0.0, "rows": 0, "tokens": 0})
         return {key: np.array([row[key] for row in done]) for key in done[0]}
 
-    def embed(self, number: int, part: Part) -> PartStatistics:
-        """Embed one part and put its file in place, after that of its quarantined rows."""
+    def embed(self, work: int, number: int, part: Part) -> PartStatistics:
+        """Embed one part of an input and put its file in place, after that of its quarantined rows."""
         start = time.monotonic()
-        texts = read_part(part, self.source, self.config.columns, self.config.max_characters)
-        embedded = self.embedder.embed(texts.rows["text"].to_pylist(), texts.numbers)
+        config, output = self.configs[work], Store.at(self.configs[work].output)
+        texts = read_part(part, self.sources[work], config.columns, config.max_characters)
+        embedded = self.embedders[work].embed(texts.rows["text"].to_pylist(), texts.numbers)
         rejected = [*texts.rejected, *not_finite(texts, embedded.finite, part)]
         if rejected:
-            write_parquet(self.output / "quarantine" / part_name(number), rejected_table(rejected))
+            write_parquet(output / "quarantine" / part_name(number), rejected_table(rejected))
         tokens = embedded.num_tokens[embedded.finite]
         statistics = PartStatistics(
             rows=len(tokens),
@@ -149,9 +187,9 @@ class EmbedPart:
             quarantined=dict(Counter(row.reason for row in rejected)),
             seconds=time.monotonic() - start,
         )
-        rows = texts.rows.drop(["text"] if "text" not in self.config.columns.keep else [])
+        rows = texts.rows.drop(["text"] if "text" not in config.columns.keep else [])
         write_part(
-            self.output / part_name(number),
+            output / part_name(number),
             rows.filter(pa.array(embedded.finite)),
             embedded.vectors[embedded.finite],
             statistics,
@@ -198,44 +236,66 @@ def read_parts(directory: Path) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[
 
 def embed(config: EmbedConfig) -> EmbedResult:
     """Embed every row of the input that has no vector yet, on the cluster joined before."""
+    return embed_all([config])[0]
+
+
+def embed_all(configs: Sequence[EmbedConfig]) -> list[EmbedResult]:
+    """Embed every row of several inputs by one model, whose encoders are loaded once for all of them."""
+    if len({config.model for config in configs}) > 1:
+        raise ConfigError(f"model: {sorted({config.model for config in configs})}; expected one for all inputs")
+    model = pretrained_directory(configs[0].model)
+    mark = model_fingerprint(model)
+    planned = [plan_embedding(config, mark) for config in configs]
+    made = iter(embed_missing(model, [plan for plan in planned if isinstance(plan, EmbedPlan)]))
+    results = [
+        next(made) if isinstance(plan, EmbedPlan) else EmbedResult(Store.at(config.output), plan, 0.0)
+        for config, plan in zip(configs, planned, strict=True)
+    ]
+    for config, result in zip(configs, results, strict=True):
+        if config.index and not (result.directory / INDEX_NAME).exists():
+            directory = Path(result.directory.path)
+            write_index(partial(read_parts, directory), directory / INDEX_NAME, config.index_factory)
+    return results
+
+
+def plan_embedding(config: EmbedConfig, model: str) -> EmbedPlan | Manifest:
+    """What is to be done for an input by the model with this fingerprint; its manifest where that is nothing."""
     output = Store.at(config.output)
     if config.index and not output.is_local:
         raise ConfigError(f"index: {config.output} is no directory of this machine; FAISS writes files alone")
-    model = pretrained_directory(config.model)
     files = input_files(config.input)
-    parents = {"model": model_fingerprint(model), "texts": fingerprint(files=[content_mark(file) for file in files])}
+    parents = {"model": model, "texts": fingerprint(files=[content_mark(file) for file in files])}
     work = config.model_dump(
         mode="json", include={*EmbeddingConfig.model_fields, *("columns", "max_characters", "rows_per_part")}
     )
     mark = fingerprint(**parents, **work)
     if finished := claim(output, mark, "vectors"):
-        result = EmbedResult(output, finished, 0.0)
-    else:
-        result = embed_missing(config, model, files, output, mark, parents)
-    if config.index and not (output / INDEX_NAME).exists():
-        write_index(lambda: read_parts(Path(output.path)), Path(output.path) / INDEX_NAME, config.index_factory)
-    return result
-
-
-def embed_missing(
-    config: EmbedConfig, model: Path, files: Sequence[Store], output: Store, mark: str, parents: dict[str, str]
-) -> EmbedResult:
-    """Embed the parts that are not there yet, and write the manifest of all."""
+        return finished
     files = converted(files, config, output)
     parts = plan_parts(files, config.columns, config.rows_per_part)
-    prepared = prepared_once(config, model, files[0], parts, output)
-    missing = missing_parts(output, len(parts))
-    texts_per_s = embed_parts(config, model, files[0], prepared, parts, missing)
-    measurements = totals(output, parts, config) | {"texts_per_s": texts_per_s, "backend": prepared.model_dump()}
+    return EmbedPlan(config, output, mark, parents, files[0], parts, missing_parts(output, len(parts)))
+
+
+def embed_missing(model: Path, plans: Sequence[EmbedPlan]) -> list[EmbedResult]:
+    """Embed the parts that are not there yet, and write the manifest of each input."""
+    prepared = prepared_once(model, plans)
+    rates = embed_parts(model, plans, prepared)
+    return [finish(*planned) for planned in zip(plans, prepared, rates, strict=True)]
+
+
+def finish(plan: EmbedPlan, prepared: Prepared, texts_per_s: float) -> EmbedResult:
+    """Add up all parts and write the manifest."""
+    config, output = plan.config, plan.output
+    measurements = totals(output, plan.parts, config)
     manifest = Manifest(
         kind="vectors",
-        fingerprint=mark,
-        parents=parents,
+        fingerprint=plan.mark,
+        parents=plan.parents,
         # As stores name themselves: a URI may hold a secret.
         config=config.model_dump(mode="json") | {"input": str(Store.at(config.input)), "output": str(output)},
-        measurements=measurements,
+        measurements=measurements | {"texts_per_s": texts_per_s, "backend": prepared.model_dump()},
         contents={
-            name: hashlib.sha256((output / name).read()).hexdigest() for name in map(part_name, range(len(parts)))
+            name: hashlib.sha256((output / name).read()).hexdigest() for name in map(part_name, range(len(plan.parts)))
         },
     )
     (output / MANIFEST_NAME).write(manifest.model_dump_json(indent=2).encode())
@@ -278,87 +338,96 @@ def convert_file(file: Store, target: Store, columns: dict[str, Any]) -> None:
         target.write(local.read_bytes())
 
 
-def prepared_once(config: EmbedConfig, model: Path, source: Store, parts: Sequence[Part], output: Store) -> Prepared:
-    """What `prepare` settles on a worker, kept in the output for a resumed run."""
-    path = output / ".prepared.json"
-    if known := path.read_json():
-        return Prepared.model_validate(known)
-    gpus = num_gpus()
-    remote = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0)(prepare_on_worker)
-    sample = spread(parts, CALIBRATION_TEXTS)
-    with own_errors():
-        values = ray.get(remote.remote(str(model), source, sample, config.model_dump(mode="json")))
-    for name, measured in values["measured"].items():
-        print(f"backend {name}: " + ", ".join(f"{key} {value:,.4g}" for key, value in measured.items()), flush=True)
-    path.write_json(values)
-    return Prepared.model_validate(values)
+def prepared_once(model: Path, plans: Sequence[EmbedPlan]) -> list[Prepared]:
+    """What `prepare` settles on a worker for each input, kept in its output for a resumed run."""
+    notes = [plan.output / ".prepared.json" for plan in plans]
+    unknown = [number for number, note in enumerate(notes) if not note.exists()]
+    if unknown and len(ray.nodes()) == 1 and not any(plan.config.needs_sample for plan in plans):
+        # This node embeds, and nothing is measured: no process has to start and import for it.
+        for number in unknown:
+            local = prepare(model, plans[number].config, [], default_device(), cache_directory())
+            notes[number].write_json(local.model_dump(mode="json"))
+    elif unknown:
+        remote = ray.remote(num_cpus=1, num_gpus=1 if num_gpus() else 0)(prepare_on_worker)
+        works = [
+            (plans[number].source, plans[number].sample(), plans[number].config.model_dump()) for number in unknown
+        ]
+        with own_errors():
+            settled = ray.get(remote.remote(str(model), works))
+        for number, values in zip(unknown, settled, strict=True):
+            for name, measured in values["measured"].items():
+                figures = ", ".join(f"{key} {value:,.4g}" for key, value in measured.items())
+                print(f"backend {name}: {figures}", flush=True)
+            notes[number].write_json(values)
+    return [Prepared.model_validate(note.read_json()) for note in notes]
 
 
-def spread(parts: Sequence[Part], num_rows: int) -> list[Part]:
-    """At most about `num_rows` rows, from the beginnings of up to 16 parts."""
-    chosen = (
-        [parts[index] for index in np.unique(np.linspace(0, len(parts) - 1, 16).astype(int)).tolist()] if parts else []
-    )
-    return [part._replace(num_rows=min(part.num_rows, -(-num_rows // len(chosen)))) for part in chosen]
-
-
-def prepare_on_worker(model: str, source: Store, sample: list[Part], values: dict[str, Any]) -> dict[str, Any]:
+def prepare_on_worker(model: str, works: Sequence[tuple[Store, list[Part], dict[str, Any]]]) -> list[dict[str, Any]]:
     """Ray task: choose the backend and calibrate, on the hardware that will embed."""
     quiet()
-    config = EmbedConfig.model_validate(values)
-    texts = [
-        text
-        for part in sample
-        for text in read_part(part, source, config.columns, config.max_characters).rows["text"].to_pylist()
+    settled = []
+    for source, sample, values in works:
+        config = EmbedConfig.model_validate(values)
+        texts = [
+            text
+            for part in sample
+            for text in read_part(part, source, config.columns, config.max_characters).rows["text"].to_pylist()
+        ]
+        prepared = prepare(Path(model), config.embedding, texts, worker_device(), cache_directory())
+        settled.append(prepared.model_dump(mode="json"))
+    return settled
+
+
+def embed_parts(model: Path, plans: Sequence[EmbedPlan], prepared: Sequence[Prepared]) -> list[float]:
+    """Embed the missing parts on the cluster.
+
+    Returns for each input the rows/s from its first part's beginning to its last one's end; 0 where none was missing.
+    """
+    items = [
+        {"work": work, "number": number, "part": json.dumps(plan.parts[number])}
+        for work, plan in enumerate(plans)
+        for number in plan.missing
     ]
-    return prepare(Path(model), config.embedding, texts, worker_device(), cache_directory()).model_dump(mode="json")
-
-
-def embed_parts(
-    config: EmbedConfig, model: Path, source: Store, prepared: Prepared, parts: Sequence[Part], missing: list[int]
-) -> float:
-    """Embed the `missing` parts on the cluster; return rows/s from the first part's beginning to the last one's end."""
-    if not missing:
-        return 0.0
+    if not items:
+        return [0.0] * len(plans)
+    works = [
+        EmbedWork(plan.source, plan.config.model_dump(mode="json"), settled.model_dump(mode="json"))
+        for plan, settled in zip(plans, prepared, strict=True)
+    ]
     gpus = num_gpus()
-    num_actors = min(config.num_actors or gpus or len(ray.nodes()) * cpu_processes(), len(missing))
+    wanted = max((plan.config.num_actors or 0 for plan in plans), default=0)
     done = (
-        ray.data.from_items(
-            [{"number": number, "part": json.dumps(parts[number])} for number in missing],
-            override_num_blocks=len(missing),
-        )
+        ray.data.from_items(items, override_num_blocks=len(items))
         .map_batches(
             EmbedPart,
-            fn_constructor_args=(
-                str(model),
-                source,
-                config.model_dump(mode="json"),
-                prepared.model_dump(mode="json"),
-            ),
+            fn_constructor_args=(str(model), works),
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=num_actors),
+            compute=ray.data.ActorPoolStrategy(
+                size=min(wanted or gpus or len(ray.nodes()) * cpu_processes(), len(items))
+            ),
             num_cpus=1,
             num_gpus=1 if gpus else None,
         )
         .iter_rows()
     )
-    total = sum(part.num_rows for part in parts)
-    before = total - sum(parts[number].num_rows for number in missing)
+    total = sum(part.num_rows for plan in plans for part in plan.parts)
+    before = total - sum(plan.parts[number].num_rows for plan in plans for number in plan.missing)
     progress = Progress("embed", total, "texts")
-    rows = tokens = 0
-    first, last = math.inf, 0.0
+    rows, tokens = np.zeros(len(plans)), 0
+    first, last = np.full(len(plans), np.inf), np.zeros(len(plans))
     for row in done:
         if row["error"]:
             problem = json.loads(row["error"])
             raise getattr(errors, problem["kind"])(problem["message"])
-        rows, tokens = rows + int(row["rows"]), tokens + int(row["tokens"])
-        first, last = min(first, float(row["start"])), max(last, float(row["end"]))
-        expected = tokens / max(rows, 1) * (total - before)
+        work = row["work"]
+        rows[work], tokens = rows[work] + row["rows"], tokens + int(row["tokens"])
+        first[work], last[work] = min(first[work], row["start"]), max(last[work], row["end"])
+        expected = tokens / max(rows.sum(), 1) * (total - before)
         progress.update(
-            min(before + rows, total),
-            f"{tokens:,} of about {expected:,.0f} tokens · {tokens / (last - first):,.0f} tokens/s",
+            min(before + int(rows.sum()), total),
+            f"{tokens:,} of about {expected:,.0f} tokens · {tokens / (last.max() - first.min()):,.0f} tokens/s",
         )
-    return rows / (last - first)
+    return [float(rate) for rate in np.where(rows > 0, rows / np.maximum(last - first, 1e-9), 0.0)]
 
 
 def totals(output: Store, parts: Sequence[Part], config: EmbedConfig) -> dict[str, Any]:
