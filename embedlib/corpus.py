@@ -18,6 +18,7 @@ from unicodedata import normalize
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
@@ -282,13 +283,26 @@ def texts_by_language(path: Path) -> dict[str, list[str]]:
     return grouped
 
 
-def choose_texts(path: Path, directory: Path, max_texts: int, temperature: float, seed: int) -> int:
+def short_texts(path: Path, max_characters: int | None) -> npt.NDArray[np.bool_]:
+    """Which rows of the CORPUS file `path` have texts of at most `max_characters` (none: all of them), (rows,)."""
+    file = pq.ParquetFile(path)
+    if max_characters is None:
+        return np.ones(file.metadata.num_rows, np.bool_)
+    batches = file.iter_batches(READ_ROWS, columns=["text"])
+    return np.concatenate([pc.utf8_length(batch["text"]).to_numpy() <= max_characters for batch in batches])
+
+
+def choose_texts(
+    path: Path, directory: Path, max_texts: int, temperature: float, seed: int, max_characters: int | None = None
+) -> int:
     """Write `texts.parquet`, at most `max_texts` rows of the CORPUS file `path` with new dense ids; return how many.
 
-    A language's weight is (its share)**temperature: 1 keeps the corpus' balance, 0 gives every language the same.
+    A language's weight is (its share)**temperature: 1 keeps the corpus' balance, 0 gives every language the same. Texts
+    of more than `max_characters` are left out.
     """
-    langs = pq.read_table(path, columns=["lang"])["lang"].combine_chunks().dictionary_encode()
-    chosen = _smoothed_sample(np.asarray(langs.indices), max_texts, temperature, seed)
+    langs = np.asarray(pq.read_table(path, columns=["lang"])["lang"].combine_chunks().dictionary_encode().indices)
+    chosen = short_texts(path, max_characters)
+    chosen[chosen] = _smoothed_sample(langs[chosen], max_texts, temperature, seed)
     start = 0
     with pq.ParquetWriter(directory / "texts.parquet", CORPUS, compression="zstd") as writer:
         for batch in pq.ParquetFile(path).iter_batches(READ_ROWS):

@@ -241,7 +241,7 @@ class Backward(NamedTuple):
         by_lane = side_by_side(backward, range(len(lanes)), len(lanes))
         for parameter, *gradients in zip(parameters, *by_lane, strict=True):
             found = [each for each in gradients if each is not None]
-            parameter.grad = reduce(torch.add, found) if found else None
+            parameter.grad = reduce(torch.Tensor.add_, found) if found else None
         return own_part
 
     def _by_vectors(self, parts: list[torch.Tensor], micro_batches: MicroBatches) -> tuple[float, torch.Tensor]:

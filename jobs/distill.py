@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,15 @@ from embedlib.batching import TokenIds
 from embedlib.collectives import all_reduce_sum
 from embedlib.compression import CompressionConfig, compress, known_prompts, write_student
 from embedlib.config import Config
-from embedlib.corpus import READ_ROWS, CorpusConfig, choose_texts, corpus_files, split_corpus, texts_by_language
+from embedlib.corpus import (
+    READ_ROWS,
+    CorpusConfig,
+    choose_texts,
+    corpus_files,
+    short_texts,
+    split_corpus,
+    texts_by_language,
+)
 from embedlib.dataset import DistillationSet, write_tokens, write_vectors
 from embedlib.demo_corpus import WHEELS, build_demo_corpus
 from embedlib.distillation import (
@@ -118,6 +127,8 @@ class DistillConfig(Config):
     """At most so many training texts."""
     minutes: float | None = Field(default=None, gt=0)
     """Time for teacher vectors and training: takes fewer texts, or more epochs, as this machine's rates ask."""
+    max_text_characters: int | None = Field(default=None, ge=1)
+    """Longer texts are not learned from: a few of them can be a good part of the work."""
     language_temperature: float = Field(default=0.7, ge=0, le=1)
     """Where not all texts are taken, a language weighs (its share)**temperature."""
     sts: list[Path] = Field(default_factory=list)
@@ -252,7 +263,7 @@ def make_student(config: DistillConfig, teacher_directory: Path, corpus: Path) -
     mark = fingerprint(**parents, config=values)
     if is_finished(directory, mark):
         return directory
-    teacher = Encoder.load(teacher_directory)
+    teacher = loaded_teacher(teacher_directory)
     probe = probe_texts(config, teacher, corpus)
 
     def rank_distilled(students: list[PreTrainedModel], tokenizer: Tokenizer) -> int:
@@ -272,9 +283,17 @@ def make_student(config: DistillConfig, teacher_directory: Path, corpus: Path) -
     return directory
 
 
+@lru_cache(maxsize=1)
+def loaded_teacher(directory: Path) -> Encoder:
+    """The teacher in this process, where several stages ask it."""
+    return Encoder.load(directory)
+
+
 def probe_texts(config: DistillConfig, teacher: Encoder, corpus: Path) -> list[str]:
     """Texts to try things on, prompts included."""
     texts = HeldOut.read(corpus / "validation.parquet", PROBE_TEXTS).texts
+    if config.max_text_characters:
+        texts = [text for text in texts if len(text) <= config.max_text_characters] or texts
     return with_prompts(texts, known_prompts(teacher, config.compression.prompts))
 
 
@@ -283,14 +302,18 @@ def make_plan(config: DistillConfig, teacher_directory: Path, corpus: Path, stud
 
     Stage `rates`: what this machine was measured to do, once, so that a resumed run keeps to its plan.
     """
-    available = pq.ParquetFile(corpus / "train.parquet").metadata.num_rows
+    available = int(short_texts(corpus / "train.parquet", config.max_text_characters).sum())
     plan = Plan(min(config.max_texts or available, available), config.distillation.epochs)
     if config.minutes is None:
         return plan
     directory = config.directory / "rates"
-    mark = fingerprint(student=mark_of(student), distillation=config.distillation.model_dump(mode="json"))
+    mark = fingerprint(
+        student=mark_of(student),
+        distillation=config.distillation.model_dump(mode="json"),
+        max_text_characters=config.max_text_characters,
+    )
     if not is_finished(directory, mark):
-        teacher = Encoder.load(teacher_directory)
+        teacher = loaded_teacher(teacher_directory)
         with new_artifact(directory, "rates", mark) as (_, measurements):
             probe = probe_texts(config, teacher, corpus)
             measurements |= measure_rates(teacher, student, probe, config.distillation)._asdict()
@@ -300,13 +323,23 @@ def make_plan(config: DistillConfig, teacher_directory: Path, corpus: Path, stud
 def make_texts(config: DistillConfig, corpus: Path, num_texts: int) -> Path:
     """Stage `texts`: the training texts that are taken."""
     directory = config.directory / "texts"
-    values = {"num_texts": num_texts, "language_temperature": config.language_temperature, "seed": config.seed}
+    values = {
+        "num_texts": num_texts,
+        "language_temperature": config.language_temperature,
+        "seed": config.seed,
+        "max_text_characters": config.max_text_characters,
+    }
     parents = {"corpus": mark_of(corpus)}
     mark = fingerprint(**parents, config=values)
     if not is_finished(directory, mark):
         with new_artifact(directory, "texts", mark, parents=parents, config=values) as (scratch, measurements):
             measurements["texts"] = choose_texts(
-                corpus / "train.parquet", scratch, num_texts, config.language_temperature, config.seed
+                corpus / "train.parquet",
+                scratch,
+                num_texts,
+                config.language_temperature,
+                config.seed,
+                config.max_text_characters,
             )
     return directory
 
@@ -338,7 +371,7 @@ def make_dataset(
     prefixes = known_prompts(encoder, config.compression.prompts)
     with new_artifact(directory, "dataset", mark, parents=parents) as (scratch, measurements):
         num_texts = manifest_of(texts).measurements["texts"]
-        teacher = Encoder.load(teacher_directory)
+        teacher = loaded_teacher(teacher_directory)
         write_tokens(scratch, num_texts, tokenised(encoder, texts / "texts.parquet", prefixes))
         write_vectors(scratch, num_texts, teacher.embedding_dim, read_parts(vectors))
         measurements["tokens"] = int(np.load(scratch / "offsets.npy", mmap_mode="r")[-1])

@@ -311,6 +311,14 @@ def test_a_group_column_of_another_type_is_refused(tmp_path: Path, kind: pa.Data
         split(path, tmp_path)
 
 
+def test_long_texts_can_be_left_out(tiny_corpus: Path, tmp_path: Path) -> None:
+    chosen = choose(tiny_corpus, tmp_path / "short", 1000, 1.0, 0, 12)
+    lengths = [len(text) for text in pq.read_table(tiny_corpus)["text"].to_pylist()]
+    assert len(chosen) == sum(length <= 12 for length in lengths) < len(lengths)
+    assert max(map(len, chosen["text"].to_pylist())) == 12
+    assert len(choose(tiny_corpus, tmp_path / "few", 20, 0.5, 0, 12)) == 20
+
+
 def test_texts_by_language(tiny_corpus: Path) -> None:
     texts = texts_by_language(tiny_corpus)
     assert len(texts) == 14
