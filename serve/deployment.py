@@ -1,8 +1,10 @@
 """A model as a deployment of Ray Serve, autoscaled on the tokens that wait."""
 
 import asyncio
+import logging
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ MAX_ONGOING_REQUESTS = 10_000
 HEALTH_CHECK_S = 2.0
 METRICS_S = 1.0
 DRAIN_S = 60.0
+FAILED = Refusal("failed", "an error of the service; the log of its replica has it")
+log = logging.getLogger("ray.serve.embedlib")
 
 
 class ModelReplica:
@@ -33,9 +37,13 @@ class ModelReplica:
         self.running = asyncio.create_task(self.server.run())
         self.reported = time.monotonic(), 0.0
 
-    async def embed(self, call: Call) -> Answer | Refusal:
-        """Vectors, or why there are none."""
-        return await self.server.embed(call)
+    async def embed(self, calls: Sequence[Call]) -> list[Answer | Refusal]:
+        """Vectors of each call, or why there are none."""
+        found = await asyncio.gather(*map(self.server.embed, calls), return_exceptions=True)
+        for answer in found:
+            if isinstance(answer, BaseException):
+                log.error("a call failed", exc_info=answer)
+        return [FAILED if isinstance(answer, BaseException) else answer for answer in found]
 
     async def describe(self) -> Description:
         """What the model is."""

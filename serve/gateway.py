@@ -1,7 +1,7 @@
 """The ingress as a deployment of Ray Serve: the HTTP API over the handles of the deployed models."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from serve.auth import Key, read_keys
 from serve.batches import BatchConfig, Batches
 from serve.calls import Answer, Call, Description, Refusal
 from serve.drift import DriftConfig
+from serve.grouping import Grouped
 from serve.metrics import GatewayMetrics
 
 NAME = "gateway"
@@ -124,13 +125,18 @@ class RemoteModel:
 
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self.handle = handle
+        self.grouped = Grouped(self.ask)
 
     async def embed(self, call: Call) -> Answer | Refusal:
-        """Vectors, or why there are none; a replica that dies over it is replaced by another."""
+        """Vectors, or why there are none."""
+        return await self.grouped.embed(call)
+
+    async def ask(self, calls: Sequence[Call]) -> Sequence[Answer | Refusal]:
+        """What a replica answers to some calls; one that dies over them is replaced by another."""
         for _ in range(ATTEMPTS):
-            response = self.handle.embed.remote(call)
+            response = self.handle.embed.remote(calls)
             try:
-                answer: Answer | Refusal = await response
+                answers: Sequence[Answer | Refusal] = await response
             except asyncio.CancelledError:
                 response.cancel()  # type: ignore[no-untyped-call] # whoever asked has gone: the replica need not compute it
                 raise
@@ -140,8 +146,8 @@ class RemoteModel:
                 continue
             except (BackPressureError, DeploymentUnavailableError):
                 break
-            return answer
-        return LOST
+            return answers
+        return [LOST] * len(calls)
 
     async def describe(self) -> Description | None:
         """What the model is; none where it has no replica, and none is woken for it."""
