@@ -24,7 +24,7 @@ from benchmarks.serve import ROOT, Server, application, running
 HIGH_S, QUICK_HIGH_S = 40.0, 20.0
 CALM_S = 60.0
 DOWNSCALE_DELAY_S = 10.0
-UNDER_WAY = 128
+UNDER_WAY, TEXTS = 64, 16
 MAX_REPLICAS, TARGET_TOKENS = 2, 1024
 URL = "http://127.0.0.1:8000"
 
@@ -66,7 +66,7 @@ def watch(texts: Path, high_s: float) -> list[tuple[float, int, float]]:
     def load() -> None:
         time.sleep(5.0)
         command = [sys.executable, "-m", "benchmarks.load", f"{URL}/v1/embeddings", str(texts)]
-        command += ["--seconds", str(high_s), "--under-way", str(UNDER_WAY), "--texts", "4"]
+        command += ["--seconds", str(high_s), "--under-way", str(UNDER_WAY), "--texts", str(TEXTS)]
         command += ["--body", json.dumps({"model": "compressed", "encoding_format": "base64"})]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)  # noqa: S603
 

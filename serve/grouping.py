@@ -1,7 +1,8 @@
 """Calls that go the same way go together: what a message between two processes costs, it costs once for all of them.
 
-A call that comes while nothing is on its way is sent at once. While `MOST_UNDER_WAY` groups are, those that come are
-the next group; so groups grow with the load, and nothing waits on a clock.
+A call that comes while nothing is on its way is sent at once. While `FEW_UNDER_WAY` groups are, those that come are the
+next group, which goes when one is back or when it is full; so groups grow with the load, nothing waits on a clock, and
+what waits is where it is counted: in the queue before the model.
 """
 
 import asyncio
@@ -10,11 +11,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from serve.calls import Answer, Call, Refusal
 
 Send = Callable[[Sequence[Call]], Awaitable[Sequence[Answer | Refusal]]]
-# Two on their way keep the model in work while one comes back; more would make groups too small to save anything.
-MOST_UNDER_WAY = 2
+# Two on their way keep the model in work while one comes back.
+FEW_UNDER_WAY = 2
+FULL_CALLS = 16
 # A call of more texts has answers to wait for, which the others of a group would wait for, too: it goes alone.
 SMALL_TEXTS = 8
-MOST_CALLS = 256
 
 
 class Grouped:
@@ -36,11 +37,13 @@ class Grouped:
         return await answer
 
     def _send_waiting(self) -> None:
-        # Who has gone is left out.
-        self.waiting = [(call, answer) for call, answer in self.waiting if not answer.done()]
-        if not self.waiting or len(self.under_way) >= MOST_UNDER_WAY:
+        if len(self.under_way) >= FEW_UNDER_WAY and len(self.waiting) < FULL_CALLS:
             return
-        group, self.waiting = self.waiting[:MOST_CALLS], self.waiting[MOST_CALLS:]
+        # Without those whose client has gone.
+        group = [(call, answer) for call, answer in self.waiting if not answer.done()]
+        self.waiting = []
+        if not group:
+            return
         task = asyncio.create_task(self._ask(group))
         self.under_way.add(task)
         task.add_done_callback(self._came_back)

@@ -74,7 +74,7 @@ class ModelConfig(Config):
     """Replicas at most."""
     target_tokens: int = Field(default=8192, ge=1)
     """Tokens that may wait at a replica before another is started."""
-    upscale_delay_s: float = Field(default=2.0, ge=0)
+    upscale_delay_s: float = Field(default=1.0, ge=0)
     """How long more replicas must be wanted before they start."""
     downscale_delay_s: float = Field(default=60.0, ge=0)
     """How long fewer replicas must be wanted before they stop."""

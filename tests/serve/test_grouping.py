@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from serve.calls import Answer, Call, Refusal
-from serve.grouping import MOST_CALLS, MOST_UNDER_WAY, SMALL_TEXTS, Grouped
+from serve.grouping import FEW_UNDER_WAY, FULL_CALLS, SMALL_TEXTS, Grouped
 
 
 class Hop:
@@ -58,22 +58,22 @@ def widths(answers: Sequence[Answer | Refusal]) -> list[int]:
 
 def test_groups_grow_while_others_are_on_their_way_and_each_gets_its_own() -> None:
     async def story(grouped: Grouped, hop: Hop) -> None:
-        first = [task for number in range(MOST_UNDER_WAY) for task in await asked(grouped, "a" * (number + 1))]
+        first = [task for number in range(FEW_UNDER_WAY) for task in await asked(grouped, "a" * (number + 1))]
         later = await asked(grouped, "bbb", "cccc", "d")
-        assert [len(group) for group in hop.sent] == [1] * MOST_UNDER_WAY
+        assert [len(group) for group in hop.sent] == [1] * FEW_UNDER_WAY
         hop.open[0].set()
         await settle()
         assert hop.sent[-1] == ["bbb", "cccc", "d"]
         for opened in hop.open:
             opened.set()
-        assert widths(await asyncio.gather(*first, *later)) == [*range(1, MOST_UNDER_WAY + 1), 3, 4, 1]
+        assert widths(await asyncio.gather(*first, *later)) == [*range(1, FEW_UNDER_WAY + 1), 3, 4, 1]
 
     run(story)
 
 
 def test_a_large_call_goes_alone_and_at_once() -> None:
     async def story(grouped: Grouped, hop: Hop) -> None:
-        await asked(grouped, *(str(number) for number in range(MOST_UNDER_WAY)))
+        await asked(grouped, *(str(number) for number in range(FEW_UNDER_WAY)))
         large = asyncio.create_task(grouped.embed(Call(["many"] * (SMALL_TEXTS + 1))))
         await settle()
         assert hop.sent[-1] == ["many"]
@@ -85,7 +85,7 @@ def test_a_large_call_goes_alone_and_at_once() -> None:
 
 def test_who_has_gone_is_not_sent_and_a_group_of_such_is_cancelled() -> None:
     async def story(grouped: Grouped, hop: Hop) -> None:
-        sent = [task for number in range(MOST_UNDER_WAY) for task in await asked(grouped, str(number))]
+        sent = [task for number in range(FEW_UNDER_WAY) for task in await asked(grouped, str(number))]
         gone, stays = await asked(grouped, "gone", "stays")
         gone.cancel()
         sent[0].cancel()
@@ -100,7 +100,7 @@ def test_who_has_gone_is_not_sent_and_a_group_of_such_is_cancelled() -> None:
 
 def test_an_error_reaches_all_of_a_group_and_the_next_goes_on() -> None:
     async def story(grouped: Grouped, hop: Hop) -> None:
-        await asked(grouped, *(str(number) for number in range(MOST_UNDER_WAY)))
+        await asked(grouped, *(str(number) for number in range(FEW_UNDER_WAY)))
         broken = await asked(grouped, "broken", "with it")
         hop.open[0].set()
         await settle()
@@ -118,13 +118,14 @@ def test_an_error_reaches_all_of_a_group_and_the_next_goes_on() -> None:
     run(story)
 
 
-def test_a_group_has_a_most() -> None:
+def test_a_full_group_does_not_wait() -> None:
     async def story(grouped: Grouped, hop: Hop) -> None:
-        await asked(grouped, *(str(number) for number in range(MOST_UNDER_WAY)))
-        await asked(grouped, *["x"] * (MOST_CALLS + 3))
-        for number in range(2):
-            hop.open[number].set()
+        await asked(grouped, *(str(number) for number in range(FEW_UNDER_WAY)))
+        await asked(grouped, *["x"] * (2 * FULL_CALLS + 3))
+        assert [len(group) for group in hop.sent[FEW_UNDER_WAY:]] == [FULL_CALLS, FULL_CALLS]
+        for opened in hop.open:
+            opened.set()
         await settle()
-        assert [len(group) for group in hop.sent[MOST_UNDER_WAY:]] == [MOST_CALLS, 3]
+        assert hop.sent[-1] == ["x"] * 3
 
     run(story)

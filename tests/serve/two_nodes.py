@@ -38,7 +38,7 @@ def main() -> None:
     quiet()
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
     victim = cluster.add_node(num_cpus=2)
-    ray.init(cluster.address, logging_level="WARNING")
+    ray.init(cluster.address, logging_level="WARNING", log_to_driver=False)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
