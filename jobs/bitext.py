@@ -12,7 +12,6 @@ from jobs.cli import run_job  # isort: skip (takes jobs/ off sys.path before any
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import faiss
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -24,7 +23,6 @@ from ray.util import ActorPool
 from embedlib.artifact import MANIFEST_NAME, Manifest, fingerprint
 from embedlib.config import Config
 from embedlib.errors import ArtifactError, ConfigError
-from embedlib.index import assign
 from embedlib.margin import (
     Margin,
     Neighbours,
@@ -37,7 +35,7 @@ from embedlib.margin import (
 )
 from embedlib.schemas import vector_column, vectors_of
 from embedlib.storage import Store, user_path
-from embedlib.topk import NO_ROW, Hits, merge
+from embedlib.topk import NO_ROW, Hits
 from jobs.parts import claim, missing_parts, part_name, write_parquet
 from jobs.runtime import Progress, connect, own_errors
 from jobs.shards import (
@@ -48,6 +46,7 @@ from jobs.shards import (
     plan_shards,
     require_distinct,
     sample,
+    search_shards,
     start_shards,
     texts_of,
     vector_files,
@@ -91,7 +90,7 @@ class Finder:
     def __init__(self, plan: ShardPlan, shards: list[Any], output: Path, neighbours: int, is_own: bool) -> None:
         self.plan, self.shards, self.output = plan, shards, output
         self.neighbours, self.is_own = neighbours, is_own
-        self.trained = faiss.read_index(str(plan.trained)) if plan.trained.exists() else None
+        self.trained = plan.trained_index()
 
     def find(self, number: int, file: Path, first_row: int) -> None:
         """Write the neighbours of the rows of `file`, the first of which has number `first_row`."""
@@ -109,10 +108,7 @@ class Finder:
     def nearest(self, queries: npt.NDArray[np.float32], first_row: int) -> Neighbours:
         """The neighbours of consecutive rows; where they search their own corpus, without themselves."""
         k = self.neighbours + self.is_own
-        assignment = assign(self.trained, queries, self.plan.nprobe) if self.trained else None
-        sent = ray.put(queries)
-        asked = [shard.search.remote(sent, k, self.plan.nprobe, assignment) for shard in self.shards]
-        hits = merge(ray.get(asked), k)
+        hits = search_shards(self.shards, queries, k, self.trained, self.plan.nprobe)
         if self.is_own:
             hits = without_row(hits, first_row + np.arange(len(queries)), self.neighbours)
         missing = ((0, 0), (0, self.neighbours - hits.rows.shape[1]))
@@ -183,7 +179,6 @@ def opened(config: BitextConfig, directory: str, work: Path) -> Corpus:
     files = vector_files(Store.at(directory))
     check_vectors(files, [config.text], directory)
     require_distinct(files)
-    work.mkdir(parents=True, exist_ok=True)
     plan = plan_shards(work, config.search, files, [], {"text": config.text})
     shards = start_shards(plan)
     parts = [part for run in plan.chunks for part in run]

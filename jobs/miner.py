@@ -7,21 +7,20 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import faiss
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from embedlib.index import assign
 from embedlib.negatives import NegativeRule, Queries, mix, select
 from embedlib.schemas import negatives_schema, vectors_of
 from embedlib.shard import Shard, inner_products, text_keys
 from embedlib.storage import Store
 from embedlib.topk import NO_ROW, Hits, merge
+from jobs.judges import Block, CrossJudge, Judge, VectorJudge, judged, judged_queries
 from jobs.parts import part_name, write_parquet
-from jobs.shards import ShardPlan, texts_of
+from jobs.shards import ShardPlan, search_shards, texts_of
 
 STATISTICS = b"embedlib.mined"
 DRAWN_A_NEGATIVE = 4
@@ -32,13 +31,19 @@ class MinePlan(NamedTuple):
 
     output: str
     rule: dict[str, Any]
+    queries: str
+    """Directory of the queries' vectors, a part a block."""
     shards: ShardPlan
     num_blocks: int
+    judge: str | None
+    """Directory of the second model's vectors of the queries, or of the cross-encoder."""
+    judged: str | None
+    """Where what the cross-encoder says is kept; none where the judge is none."""
 
     @property
     def work(self) -> Path:
-        """Where vectors, positives and shards lie."""
-        return Path(self.output) / "work"
+        """Where shards, positives and links lie."""
+        return Path(self.shards.work)
 
 
 class Miner:
@@ -47,10 +52,24 @@ class Miner:
     def __init__(self, plan: MinePlan, shards: list[Any]) -> None:
         self.plan, self.shards = plan, shards
         self.rule = NegativeRule.model_validate(plan.rule)
-        self.trained = faiss.read_index(str(plan.shards.trained)) if plan.shards.trained.exists() else None
+        self.trained = plan.shards.trained_index()
         self.positives = Shard.open(plan.work / "positives")
         self.positive_ids = self.positives.texts["id"].to_numpy()
         self.links = np.load(plan.work / "links.npy", mmap_mode="r")
+        self.judge = self.load_judge()
+
+    def load_judge(self) -> Judge | None:
+        """Who scores candidates in the search's stead, if anybody."""
+        if self.plan.judge is None:
+            return None
+        if self.plan.judged is None:
+            return VectorJudge(Path(self.plan.judge), self.shards, self.positives)
+        # Not above: without a cross-encoder this process has no use for PyTorch.
+        from embedlib.cross_encoder import PairScorer
+        from embedlib.encoder import default_device
+
+        scorer = PairScorer.load(Path(self.plan.judge), default_device())
+        return CrossJudge(scorer, Path(self.plan.judged), self.plan.shards, self.shards, self.positives)
 
     def mine(self, number: int) -> dict[str, Any]:
         """Mine block `number` and put its part file in place; give back what it holds."""
@@ -58,14 +77,15 @@ class Miner:
         vectors = vectors_of(block["vector"]).astype(np.float32)
         owned = self.owned(block["id"].to_numpy())
         queries = self.described(block, vectors, owned)
+        asked = Block(number, block, queries.keys)
+        if self.judge:
+            queries = judged_queries(self.judge, asked, queries, owned)
         k = self.rule.depth(int((queries.positive_keys != 0).sum(axis=1).max(initial=0)))
-        assignment = assign(self.trained, vectors, self.plan.shards.nprobe) if self.trained else None
-        sent = ray.put(vectors)
-        found = ray.get([shard.search.remote(sent, k, self.plan.shards.nprobe, assignment) for shard in self.shards])
-        chosen, rejected = select(merge(found, k), queries, self.rule)
+        hits = search_shards(self.shards, vectors, k, self.trained, self.plan.shards.nprobe)
+        chosen, rejected = select(judged(self.judge, asked, hits) if self.judge else hits, queries, self.rule)
         drawn = np.zeros(chosen.rows.shape, np.bool_)
         if self.rule.short == "random":
-            chosen, drawn = self.filled(chosen, queries, vectors)
+            chosen, drawn = self.filled(chosen, queries, vectors, asked)
         return self.write(number, block, owned, queries, chosen, drawn, rejected)
 
     def owned(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -92,7 +112,7 @@ class Miner:
         )
 
     def filled(
-        self, chosen: Hits, queries: Queries, vectors: npt.NDArray[np.float32]
+        self, chosen: Hits, queries: Queries, vectors: npt.NDArray[np.float32], asked: Block
     ) -> tuple[Hits, npt.NDArray[np.bool_]]:
         """`chosen` with random passages where a query is short, and which they are."""
         wanted = self.rule.max_negatives
@@ -108,6 +128,8 @@ class Miner:
         rows = (mix(some.keys[:, None] ^ mix(numbers)) % np.uint64(self.plan.shards.num_rows)).astype(np.int64)
         sent = ray.put(vectors[short])
         hits = merge(ray.get([shard.at.remote(sent, rows) for shard in self.shards]), rows.shape[1])
+        if self.judge:
+            hits = judged(self.judge, asked.take(short), hits)
         taken = (hits.keys[:, :, None] == chosen.keys[short][:, None, :]).any(axis=2)
         rule = self.rule.model_copy(update={"range_min": 0, "range_max": None, "sampling": "random"})
         fill = select(hits.masked(taken), some, rule).hits
@@ -171,4 +193,4 @@ def lists(values: pa.Array | pa.ChunkedArray, there: npt.NDArray[np.bool_]) -> p
 
 def read_queries(plan: MinePlan, number: int) -> pa.Table:
     """A block of queries: `id`, `text`, `vector` and, where known, `lang`."""
-    return pq.read_table(plan.work / "vectors" / "queries" / part_name(number))
+    return pq.read_table(Path(plan.queries) / part_name(number))

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import ray
-import ray.data
-import torch
 
 from embedlib.errors import EmbedlibError
 
@@ -21,6 +19,8 @@ MAX_CPU_PROCESSES = 8
 
 def connect() -> None:
     """Join the cluster this job was submitted to, or start a local one with token authentication."""
+    import torch  # not above: processes that search have no use for it, and it is most of their start
+
     quiet()
     # Ray leaves a submitted job one thread, as it does a worker that asked for no more.
     torch.set_num_threads(os.cpu_count() or 1)
@@ -51,6 +51,7 @@ def quiet() -> None:
     """Keep library chatter out of the log of a job or of its workers; errors stay."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    import ray.data
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import ray
 from pydantic import Field
 
-from embedlib.artifact import MANIFEST_NAME, Manifest, parse_manifest
+from embedlib.artifact import MANIFEST_NAME, Manifest, read_manifest
 from embedlib.config import Config
 from embedlib.errors import ArtifactError, ConfigError, DataError
 from embedlib.index import Assignment, assign, save_index, train_index
@@ -34,6 +34,8 @@ ROWS_A_LIST = 512
 MAX_LISTS = 1 << 18
 MAX_GRAPH_SEARCH = 4096
 RECALL_AT = 10
+# The one column that is read of vectors whose texts are known already.
+VECTORS = {"vector": "vector"}
 
 
 class SearchConfig(Config):
@@ -72,6 +74,8 @@ class ShardPlan(NamedTuple):
     num_own_rows: int
     """Rows that have an id of the corpus; those after them have none."""
     nprobe: int
+    judge: list[list[Part]]
+    """The rows of each shard once more, with the vectors of a second model; empty where there is none."""
 
     @property
     def num_rows(self) -> int:
@@ -84,6 +88,10 @@ class ShardPlan(NamedTuple):
         """The empty, trained index; no file where search is exact."""
         return Path(self.work) / "trained.faiss"
 
+    def trained_index(self) -> faiss.Index | None:
+        """The empty, trained index; none where search is exact."""
+        return faiss.read_index(str(self.trained)) if self.trained.exists() else None
+
     @property
     def first_rows(self) -> npt.NDArray[np.int64]:
         """The first row of each shard."""
@@ -91,7 +99,7 @@ class ShardPlan(NamedTuple):
 
     def directory(self, number: int) -> Path:
         """Where shard `number` lies."""
-        return Path(self.work) / "shards" / f"{number:03}-of-{len(self.chunks):03}"
+        return Path(self.work) / f"{number:03}-of-{len(self.chunks):03}"
 
 
 class IndexShard:
@@ -109,8 +117,12 @@ class IndexShard:
         if self.opened is None:
             directory = self.plan.directory(self.number)
             if not directory.exists():
-                empty = faiss.read_index(str(self.plan.trained)) if self.plan.trained.exists() else None
-                build_shard(lambda: shard_chunks(self.plan, self.number), directory, empty)
+                build_shard(
+                    lambda: shard_chunks(self.plan, self.number),
+                    directory,
+                    self.plan.trained_index(),
+                    (lambda: read_chunks(self.plan.judge[self.number], VECTORS)) if self.plan.judge else None,
+                )
             self.opened = Shard.open(directory)
         return self.opened
 
@@ -123,9 +135,9 @@ class IndexShard:
         return np.asarray(self.shard.rows)
 
     def search(
-        self, queries: npt.NDArray[np.float32], k: int, nprobe: int, assignment: Assignment | None, exact: bool = False
+        self, queries: npt.NDArray[np.float32], k: int, nprobe: int, assignment: Assignment | None, exact: bool
     ) -> Hits:
-        """The best `k` for `queries` (queries, dim)."""
+        """The best `k` for `queries` (queries, dim), by brute force where `exact`."""
         shard = self.shard._replace(faiss_index=None) if exact else self.shard
         return shard.search(queries, k, self.block_rows, nprobe, assignment)
 
@@ -133,27 +145,43 @@ class IndexShard:
         """What queries score with given rows."""
         return self.shard.at(queries, rows)
 
+    def judged(self, queries: npt.NDArray[np.float32], rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """What the second model's queries score with given rows, -inf for those of other shards."""
+        return self.shard.judged(queries, rows)
+
     def texts(self, rows: npt.NDArray[np.int64]) -> pa.Table:
         """`id` and `text` of given rows."""
         return self.shard.texts_of(rows)
 
 
 def plan_shards(
-    work: Path, search: SearchConfig, own: Sequence[Path], others: Sequence[Path], columns: dict[str, str]
+    work: Path,
+    search: SearchConfig,
+    own: Sequence[Path],
+    others: Sequence[Path],
+    columns: dict[str, str],
+    judge: Sequence[Path] = (),
 ) -> ShardPlan:
-    """Cut the rows of vector files, `own` with ids and `others` without, into shards, and train their index."""
+    """Cut the rows of vector files, `own` with ids and `others` without, into shards, and train their index.
+
+    `judge` are files of the same rows with a second model's vectors.
+    """
+    num_shards = search.shards or len(ray.nodes())
     plan = ShardPlan(
         work=str(work),
         search=search.model_dump(),
-        chunks=cut([*own, *others], search.shards or len(ray.nodes())),
+        chunks=cut([*own, *others], num_shards),
+        judge=cut(judge, num_shards) if judge else [],
         columns={"id": "id", "vector": "vector"} | columns,
         id_type=pq.read_schema(own[0]).field("id").type if own else pa.int64(),
         num_own_rows=sum(pq.read_metadata(file).num_rows for file in own),
         nprobe=search.nprobe,
     )
+    work.mkdir(parents=True, exist_ok=True)
     if (factory := factory_of(search.index, plan.num_rows)) and not plan.trained.exists():
         with own_errors():
-            ray.get(ray.remote(num_cpus=1)(train_on_worker).remote(plan, factory))
+            parts = [part for run in plan.chunks for part in run]
+            ray.get(ray.remote(num_cpus=1)(train_on_worker).remote(parts, factory, plan.trained))
     return plan
 
 
@@ -180,12 +208,13 @@ def shard_chunks(plan: ShardPlan, number: int) -> Iterator[Chunk]:
         yield chunk._replace(rows=chunk.rows.set_column(0, "id", [ids]))
 
 
-def vectors_manifest(directory: Path) -> Manifest:
-    """What a vector directory says of itself; ArtifactError where it is none, or not finished."""
-    path = directory / MANIFEST_NAME
-    if not path.is_file():
-        raise ArtifactError(f"{directory}: no {MANIFEST_NAME}; expected vectors that jobs/embed.py finished")
-    return parse_manifest(path.read_bytes(), str(path))
+def vectors_manifest(directory: Path, kind: str = "vectors", job: str = "jobs/embed.py") -> Manifest:
+    """What a directory of some kind says of itself; ArtifactError where it is none, or its job has not finished it."""
+    manifest = read_manifest(directory)
+    if manifest is None or manifest.kind != kind:
+        found = f"holds {manifest.kind}" if manifest else f"no {MANIFEST_NAME}"
+        raise ArtifactError(f"{directory}: {found}; expected {kind} that {job} finished")
+    return manifest
 
 
 def check_vectors(files: Sequence[Path], columns: Sequence[str], hint: str) -> None:
@@ -205,15 +234,29 @@ def check_vectors(files: Sequence[Path], columns: Sequence[str], hint: str) -> N
             raise DataError(f"{file}: vectors are {kind}, others {expected}; expected one model and one number type")
 
 
+def ids_of(files: Sequence[Path]) -> pa.ChunkedArray:
+    """The ids of all rows of at least one vector file."""
+    return pa.concat_tables([pq.read_table(file, columns=["id"]) for file in files])["id"]
+
+
 def require_distinct(files: Sequence[Path]) -> None:
     """DataError where two rows of vector files have one id."""
     if not files:
         return
-    ids = pa.concat_tables([pq.read_table(file, columns=["id"]) for file in files])["id"]
+    ids = ids_of(files)
     counts = ids.value_counts().flatten()
     if len(counts[0]) < len(ids):
         twice = counts[0].filter(pc.greater(counts[1], 1))
         raise DataError(f"corpus: id {twice[0]} and {len(twice) - 1} more are those of several rows; expected one")
+
+
+def require_same_rows(files: Sequence[Path], judge: Sequence[Path]) -> None:
+    """DataError where a second model has not made vectors of exactly the same rows."""
+    ours, theirs = ids_of(files), ids_of(judge)
+    if len(ours) != len(theirs) or not ours.equals(theirs):
+        raise DataError(
+            f"judge: made vectors of {len(theirs)} passages; expected the {len(ours)} that the model made vectors of"
+        )
 
 
 def cut(files: Sequence[Path], num_shards: int) -> list[list[Part]]:
@@ -240,15 +283,19 @@ def factory_of(index: str, num_rows: int) -> str | None:
     """What faiss.index_factory is to make; none: brute force."""
     if index == "exact" or (index == "auto" and num_rows <= EXACT_ROWS):
         return None
-    lists = min(MAX_LISTS, 1 << round(math.log2(num_rows / ROWS_A_LIST)))
-    return f"IVF{lists},SQ8" if index == "auto" else index
+    return inverted_lists(num_rows) if index == "auto" else index
 
 
-def train_on_worker(plan: ShardPlan, factory: str) -> None:
-    """Ray task: the empty index that all shards begin with."""
-    parts = [part for chunk in plan.chunks for part in chunk]
+def inverted_lists(num_rows: int) -> str:
+    """The kind of index that so many rows get where none is named."""
+    lists = min(MAX_LISTS, 1 << max(0, round(math.log2(num_rows / ROWS_A_LIST))))
+    return f"IVF{lists},SQ8"
+
+
+def train_on_worker(parts: Sequence[Part], factory: str, path: Path) -> None:
+    """Ray task: the empty index that all shards begin with, trained on a sample of all parts."""
     dim = pq.read_schema(parts[0].file).field("vector").type.list_size
-    save_index(train_index(lambda num_rows: sample(parts, num_rows), dim, factory), plan.trained)
+    save_index(train_index(lambda num_rows: sample(parts, num_rows), dim, factory), path)
 
 
 def sample(parts: Sequence[Part], num_rows: int) -> npt.NDArray[np.float32]:
@@ -263,18 +310,34 @@ def sample(parts: Sequence[Part], num_rows: int) -> npt.NDArray[np.float32]:
 
 
 def start_shards(plan: ShardPlan) -> list[Any]:
-    """The shards' actors, spread over the nodes, each with its share of a node's cores; ready to search."""
-    threads = max(1, (os.cpu_count() or 1) * len(ray.nodes()) // len(plan.chunks))
+    """The shards' actors, spread over the nodes, each with its share of a node's cores; ready to search.
+
+    Only as many are built at a time as there are cores, since one that is built holds its whole index in memory.
+    """
+    cores = (os.cpu_count() or 1) * len(ray.nodes())
+    threads = max(1, cores // len(plan.chunks))
     actor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy="SPREAD")(IndexShard)
     shards = [actor.remote(plan, number, threads) for number in range(len(plan.chunks))]
     progress = Progress("index", len(shards), "shards")
-    waiting = [shard.num_rows.remote() for shard in shards]
-    while waiting:
-        done, waiting = ray.wait(waiting)
+    ready, building, coming = 0, list[Any](), iter(shards)
+    while ready < len(shards):
+        building += [shard.num_rows.remote() for shard in islice(coming, cores // threads - len(building))]
+        done, building = ray.wait(building)
         with own_errors():
             ray.get(done)
-        progress.update(len(shards) - len(waiting))
+        ready += len(done)
+        progress.update(ready)
     return shards
+
+
+def search_shards(
+    shards: Sequence[Any], queries: npt.NDArray[np.float32], k: int, trained: faiss.Index | None = None, nprobe: int = 1
+) -> Hits:
+    """The best `k` of all shards for `queries` (queries, dim); exact ones where no `trained` index is given."""
+    assignment = assign(trained, queries, nprobe) if trained else None
+    sent = ray.put(queries)
+    asked = [shard.search.remote(sent, k, nprobe, assignment, trained is None) for shard in shards]
+    return merge(ray.get(asked), k)
 
 
 def gated(plan: ShardPlan, shards: Sequence[Any], queries: npt.NDArray[np.float32]) -> tuple[ShardPlan, dict[str, Any]]:
@@ -282,17 +345,15 @@ def gated(plan: ShardPlan, shards: Sequence[Any], queries: npt.NDArray[np.float3
 
     Raises ConfigError if there is none. Where search is exact, nothing is measured.
     """
-    if not plan.trained.exists():
+    index = plan.trained_index()
+    if index is None:
         return plan, {}
     config = SearchConfig.model_validate(plan.search)
-    index = faiss.read_index(str(plan.trained))
     most = index.nlist if isinstance(index, faiss.IndexIVF) else MAX_GRAPH_SEARCH
-    exact = merge(ray.get([shard.search.remote(queries, RECALL_AT, 1, None, True) for shard in shards]), RECALL_AT)
+    exact = search_shards(shards, queries, RECALL_AT)
     nprobe, measured = plan.nprobe, {}
     while True:
-        assignment = assign(index, queries, nprobe)
-        found = ray.get([shard.search.remote(queries, RECALL_AT, nprobe, assignment) for shard in shards])
-        measured[nprobe] = recall(merge(found, RECALL_AT).rows, exact.rows)
+        measured[nprobe] = recall(search_shards(shards, queries, RECALL_AT, index, nprobe).rows, exact.rows)
         print(f"recall@{RECALL_AT} with nprobe {nprobe}: {measured[nprobe]:.3f} of {len(queries)} queries", flush=True)
         if measured[nprobe] >= config.min_recall:
             return plan._replace(nprobe=nprobe), {"recall_at_10": measured[nprobe], "nprobe": nprobe}

@@ -257,6 +257,22 @@ def tiny_xlmr(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: "Tokeniz
 
 
 @pytest.fixture(scope="session")
+def tiny_cross_encoder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: "Tokenizer") -> Path:
+    """A transformers directory: BertForSequenceClassification with one label, 2 layers, 32 wide, random weights."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+    torch.manual_seed(2)
+    values = body_values(tiny_tokenizer) | {"num_hidden_layers": 2, "num_labels": 1}
+    directory = tmp_path_factory.mktemp("tiny_cross_encoder")
+    BertForSequenceClassification(BertConfig(**values)).save_pretrained(directory)
+    specials = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer, model_max_length=MAX_SEQ_LENGTH, **specials)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def embedded_teacher() -> Path:
     """multilingual-e5-small, 4-bit, converted once into the user's cache."""
     from embedlib.pretrained import EMBEDDED_TEACHER, pretrained_directory

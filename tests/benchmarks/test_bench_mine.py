@@ -7,14 +7,16 @@ import pytest
 from benchmarks import mine
 
 
-def test_pairs_are_distinct_on_both_sides(tmp_path: Path) -> None:
-    table = pa.table({"query": ["a", "a", "b", "c"], "passage": ["x", "y", "x", "z"]})
+def test_texts_are_distinct_and_all_there(tmp_path: Path) -> None:
+    table = pa.table({"query": ["a", "a", "b", "c", "d"], "passage": ["x", "y", "x", "z", "w"]})
     pq.write_table(table, tmp_path / "source.parquet")
-    mine.write_pairs(tmp_path / "source.parquet", tmp_path / "pairs.parquet", 2)
-    pairs = pq.read_table(tmp_path / "pairs.parquet").to_pydict()
+    texts = mine.write_texts(tmp_path / "source.parquet", tmp_path / "texts", 3, 2)
+    pairs = pq.read_table(texts.pairs).to_pydict()
     assert len(set(pairs["query"])) == len(set(pairs["passage"])) == 2
+    assert set(pq.read_table(texts.corpus)["text"].to_pylist()).isdisjoint(pairs["passage"])
+    assert len(pq.read_table(texts.corpus)) == 1
     with pytest.raises(SystemExit, match="--sizes asks for 9"):
-        mine.write_pairs(tmp_path / "source.parquet", tmp_path / "pairs.parquet", 9)
+        mine.write_texts(tmp_path / "source.parquet", tmp_path / "more", 9, 2)
 
 
 def test_agreement_tells_ties_from_differences() -> None:

@@ -14,7 +14,7 @@ import torch
 from embedlib.encoder import Encoder
 from embedlib.errors import ArtifactError, ConfigError, DataError
 from embedlib.storage import Store
-from jobs.embed import EmbedConfig, PartStatistics, embed, read_parts, token_histogram, write_part
+from jobs.embed import EmbedConfig, PartStatistics, embed, embed_all, read_parts, token_histogram, write_part
 from jobs.parts import part_name
 
 pytestmark = pytest.mark.ray
@@ -114,6 +114,8 @@ def test_what_is_in_the_way_or_cannot_be_is_refused(
         embed(config_for(tmp_path / "other", tiny_encoder, tiny_corpus, columns={"text": "title"}))
     with pytest.raises(ConfigError, match="this model was trained for its whole vectors alone"):
         embed(config_for(tmp_path / "cut", tiny_encoder, tiny_corpus, vectors={"dimensions": 8}))
+    with pytest.raises(ConfigError, match="expected one for all inputs"):
+        embed_all([config_for(tmp_path / "a", model, tiny_corpus) for model in (tiny_encoder, tiny_xlmr)])
     embed(config_for(tmp_path / "lost", tiny_encoder, tiny_corpus))
     part, rest = tmp_path / "lost" / part_name(0), tmp_path / "lost" / "manifest.json"
     rest.unlink()

@@ -6,6 +6,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.util import mine_hard_negatives
 
 from embedlib.encoder import Encoder
@@ -185,7 +186,7 @@ def test_an_index_must_find_enough(
     if manifest.measurements["nprobe"] == 6:
         assert rows_of(output) == rows_of(whole)
     index = faiss.read_index(str(output / "index.faiss"))
-    assert index.ntotal == sum(len(np.load(path)) for path in output.glob("work/shards/*/rows.npy"))
+    assert index.ntotal == sum(len(np.load(path)) for path in output.glob("work/shards-*/*-of-*/rows.npy"))
     other = with_vectors_of(whole, tmp_path / "refused")
     refused = config_for(other, tiny_encoder, pairs, tiny_corpus, search=search | {"raise_nprobe": False})
     with pytest.raises(ConfigError, match=r"nprobe: 1 finds 0\.\d+ of the exact 10 best"):
@@ -208,6 +209,54 @@ def test_what_is_short_is_filled_and_marked(
         assert max(row["negative_scores"], default=0) <= 0.5
     dropped = mine(config_for(short, tiny_encoder, pairs, tiny_corpus, rule=rule | {"short": "drop"})).manifest
     assert dropped.measurements["dropped"] == 24 - dropped.measurements["queries"] > 0
+
+
+def test_a_second_model_judges_what_the_first_finds(
+    whole: Path, tiny_encoder: Path, tiny_xlmr: Path, tiny_corpus: Path, pairs: Path, tmp_path: Path
+) -> None:
+    output = with_vectors_of(whole, tmp_path / "judged")
+    rule = {"max_negatives": 6, "relative_margin": 0.02, "range_max": 30, "short": "random"}
+    changes: dict[str, Any] = {"judge": str(tiny_xlmr), "rule": rule, "search": {"shards": 2}}
+    manifest = mine(config_for(output, tiny_encoder, pairs, tiny_corpus, **changes)).manifest
+    assert set(manifest.parents) == {"model", "pairs", "corpus", "judge"}
+    judge = Encoder.load(tiny_xlmr, dtype=torch.float32)
+    assert_judged(output, lambda query, texts: judge.encode(texts, "document") @ judge.encode([query], "query")[0])
+    assert any(any(row["is_random"]) for row in rows_of(output))
+
+
+def test_a_cross_encoder_judges_each_pair_once(
+    whole: Path, tiny_encoder: Path, tiny_cross_encoder: Path, tiny_corpus: Path, pairs: Path, tmp_path: Path
+) -> None:
+    work = tmp_path / "work"
+    shutil.copytree(whole / "work" / "vectors", work / "vectors")
+    rule = {"max_negatives": 4, "relative_margin": None, "absolute_margin": 0.001, "range_max": 20}
+    changes: dict[str, Any] = {"judge": str(tiny_cross_encoder), "work": str(work)}
+    mine(config_for(tmp_path / "one", tiny_encoder, pairs, tiny_corpus, rule=rule, **changes))
+    scorer = CrossEncoder(str(tiny_cross_encoder), device="cpu")
+    assert_judged(tmp_path / "one", lambda query, texts: scorer.predict([(query, text) for text in texts]))
+
+    (kept,) = work.glob("judged/*")
+    stamps = {path: path.stat().st_mtime_ns for path in [*kept.iterdir(), *work.glob("shards-*/*")]}
+    mine(config_for(tmp_path / "two", tiny_encoder, pairs, tiny_corpus, rule=rule | {"max_negatives": 2}, **changes))
+    assert [row["negatives"] for row in rows_of(tmp_path / "two")] == [
+        row["negatives"][:2] for row in rows_of(tmp_path / "one")
+    ]
+    assert {path: path.stat().st_mtime_ns for path in stamps if path.suffix == ".parquet"} == {
+        path: stamp for path, stamp in stamps.items() if path.suffix == ".parquet"
+    }
+
+
+def assert_judged(output: Path, scores_of: Callable[[str, list[str]], Any]) -> None:
+    """Scores are the judge's, best first, and none breaks the margin that it sets."""
+    rows = rows_of(output)
+    assert sum(len(row["negatives"]) for row in rows) > 20
+    for row in rows:
+        assert row["positive_scores"] == pytest.approx(scores_of(row["query"], row["positives"]), abs=1e-4)
+        if row["negatives"]:
+            assert row["negative_scores"] == pytest.approx(scores_of(row["query"], row["negatives"]), abs=1e-4)
+            mined = [score for score, drawn in zip(row["negative_scores"], row["is_random"], strict=True) if not drawn]
+            assert mined == sorted(mined, reverse=True)
+            assert max(row["negative_scores"]) < min(row["positive_scores"])
 
 
 def test_what_cannot_be_is_refused(
