@@ -95,7 +95,7 @@ def build(config: IndexConfig) -> Manifest:
     trained = home / TRAINED_NAME
     pieces = cut(files, -(-sum(pq.read_metadata(file).num_rows for file in files) // config.piece_rows))
     if base and not trained.exists():
-        shutil.copyfile(Path(config.base or "") / TRAINED_NAME, trained)
+        save_index(read_inverted(Path(config.base or "") / TRAINED_NAME), trained)
     elif not trained.exists():
         factory = inverted_lists(len(ids)) if config.factory == "auto" else config.factory
         with own_errors():
@@ -150,7 +150,8 @@ def write_ids(config: IndexConfig, files: Sequence[Path], home: Path) -> npt.NDA
 
 def index_pieces(pieces: Sequence[Sequence[Part]], trained: Path, work: Path, first_id: int) -> list[Path]:
     """The index files of all pieces, those that are missing made by tasks."""
-    paths = [work / f"piece-{number:04}.faiss" for number in range(len(pieces))]
+    # With their number: a rerun may cut otherwise.
+    paths = [work / f"piece-{number:04}-of-{len(pieces):04}.faiss" for number in range(len(pieces))]
     work.mkdir(parents=True, exist_ok=True)
     remote = ray.remote(num_cpus=1)(index_piece)
     waiting = [
