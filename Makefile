@@ -10,7 +10,7 @@ export PATH := $(BIN):$(PATH)
 # Without its caches every process compiles its libraries anew: 21 s instead of 9 until a worker of jobs/embed.py begins.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo serve test test-all lint format lock bench-distill bench-encode bench-embed-job bench-serve bench-mine bench-mine-scale clean
+.PHONY: help demo serve test test-all lint format lock bench-distill bench-train bench-encode bench-embed-job bench-serve bench-mine bench-mine-scale clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -42,6 +42,9 @@ format: $(VENV)/.dev ## put the code in form
 
 bench-distill: $(VENV)/.dev ## embedlib's training step against sentence-transformers' trainer
 	$(BIN)/python benchmarks/distill.py $(BENCH)
+
+bench-train: $(VENV)/.dev ## embedlib's contrastive step against sentence-transformers' trainer
+	$(BIN)/python -m benchmarks.train $(BENCH)
 
 bench-encode: $(VENV)/.dev ## embedlib's encoder against SentenceTransformer.encode and a 4-bit engine
 	$(BIN)/python benchmarks/encode.py $(BENCH)

@@ -193,12 +193,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
 def prepare(work: Path, settings: Settings, corpus: Path | None) -> dict[str, Any]:
     """Write the student, the texts and the samples that every run shares; return what is worth knowing of them."""
     by_language, texts = read_corpus(corpus, settings.num_samples)
-    directory = pretrained_directory(EMBEDDED_TEACHER)
-    teacher = Encoder.load(directory)
-    student = compress(teacher, by_language, CompressionConfig(layers=LayerConfig(greedy=False)))
-    (work / STUDENT).mkdir()
-    write_student(work / STUDENT, student.body, student.tokenizer, directory, teacher.max_seq_length)
-
+    teacher, num_parameters = write_untrained(work, by_language)
     prompts = known_prompts(teacher, CompressionConfig().prompts)
     texts = with_prompts(texts, prompts)
     start = time.perf_counter()
@@ -214,11 +209,21 @@ def prepare(work: Path, settings: Settings, corpus: Path | None) -> dict[str, An
         "corpus": corpus.name if corpus else "demo",
         "samples": len(texts),
         "languages": len(by_language),
-        "student_params": sum(parameter.numel() for parameter in student.body.parameters()),
+        "student_params": num_parameters,
         "tokens_a_sample": float(lengths.mean()),
         "tokens_a_sample_with_padding": padding_by_trainer(lengths, settings),
         "tokenise_s_a_sample": tokenise_s / len(texts),
     }
+
+
+def write_untrained(work: Path, by_language: dict[str, list[str]]) -> tuple[Encoder, int]:
+    """Compress the embedded teacher into a student below `work`; the teacher, and the student's number of weights."""
+    directory = pretrained_directory(EMBEDDED_TEACHER)
+    teacher = Encoder.load(directory)
+    student = compress(teacher, by_language, CompressionConfig(layers=LayerConfig(greedy=False)))
+    (work / STUDENT).mkdir()
+    write_student(work / STUDENT, student.body, student.tokenizer, directory, teacher.max_seq_length)
+    return teacher, sum(parameter.numel() for parameter in student.body.parameters())
 
 
 def read_corpus(corpus: Path | None, num_training: int) -> tuple[dict[str, list[str]], list[str]]:

@@ -39,16 +39,18 @@ from jobs.shards import SearchConfig, gated, plan_shards, start_shards, vector_f
 
 QUERIES, QUICK_QUERIES, QUICK_ROWS = 200_000, 2000, 20_000
 PART_ROWS = 32768
-# Shards, and queries a block: what bounds memory.
-SETTINGS = ((2, 4096), (16, 1024))
-SHARES = (0.125, 0.25, 0.5, 1.0)
+SHARDS = 2
+# Queries a block: what bounds memory, since the candidates of a block are scored anew from their own vectors.
+SETTINGS = (4096, 512)
+# A block takes what it takes, however many follow: the second setting mines a part of the queries.
+SECOND_SHARE = 8
+SHARES = (0.25, 0.5, 1.0)
 TIMED_QUERIES, DEPTH = 8192, 72
 
 
 class Mined(NamedTuple):
     """What a run under one setting took."""
 
-    shards: int
     queries_per_block: int
     rows: int
     queries: int
@@ -85,7 +87,7 @@ def main() -> None:
         in_fresh_process(embed_corpus, work, model)
         mined = []
         for setting in SETTINGS:
-            mined.append(in_fresh_process(mine_under, work, model, *setting))
+            mined.append(in_fresh_process(mine_under, work, model, setting))
             console.print(mined[-1])
         searched = in_fresh_process(search_grown, work, mined[0].nprobe)
     console.print(table_of(mined, searched))
@@ -129,16 +131,16 @@ def embed_corpus(work: Path, model: Path) -> None:
     ray.shutdown()
 
 
-def mine_under(work: Path, model: Path, num_shards: int, queries_per_block: int) -> Mined:
+def mine_under(work: Path, model: Path, queries_per_block: int) -> Mined:
     """Mine all queries, in the steps of `jobs.mine.mine`, and watch the memory from the first shard on."""
-    output = work / f"mined-{num_shards}"
+    output = work / f"mined-{queries_per_block}"
     config = MineConfig(
         pairs=str(work / "pairs.parquet"),
         vectors=str(work / "vectors"),
         output=str(output),
         model=str(model),
         columns=PairColumns(positive="passage"),
-        search=SearchConfig(index="auto" if num_rows(work) > PART_ROWS else "IVF64,SQ8", shards=num_shards),
+        search=SearchConfig(index="auto" if num_rows(work) > PART_ROWS else "IVF64,PQ192x4fs", shards=SHARDS),
         queries_per_block=queries_per_block,
     )
     connect()
@@ -149,14 +151,14 @@ def mine_under(work: Path, model: Path, num_shards: int, queries_per_block: int)
         indexed = time.perf_counter()
         searched, measured = gated(plan.shards, shards, sample_queries(plan, config.search.recall_queries))
         gate_passed = time.perf_counter()
-        mine_blocks(plan._replace(shards=searched), shards, range(plan.num_blocks))
+        blocks = range(plan.num_blocks if queries_per_block == SETTINGS[0] else -(-plan.num_blocks // SECOND_SHARE))
+        mine_blocks(plan._replace(shards=searched), shards, blocks)
         done = time.perf_counter()
     ray.shutdown()
     return Mined(
-        shards=num_shards,
         queries_per_block=queries_per_block,
         rows=plan.shards.num_rows,
-        queries=pq.read_metadata(config.pairs).num_rows,
+        queries=min(pq.read_metadata(config.pairs).num_rows, len(blocks) * queries_per_block),
         index_s=indexed - begun,
         mine_s=done - gate_passed,
         own_bytes=own[0],
@@ -171,13 +173,16 @@ def search_grown(work: Path, nprobe: int) -> list[Searched]:
     connect()
     files = vector_files_of(work / "vectors")
     queries = np.concatenate(
-        [vectors_of(pq.read_table(file)["vector"]) for file in vector_files_of(work / "mined-2/work/vectors/queries")]
+        [
+            vectors_of(pq.read_table(file)["vector"])
+            for file in vector_files_of(work / f"mined-{SETTINGS[0]}/work/vectors/queries")
+        ]
     )[:TIMED_QUERIES].astype(np.float32)
     found = []
     for share in SHARES:
         some = files[: max(1, round(share * len(files)))]
         rows = sum(pq.read_metadata(file).num_rows for file in some)
-        index = f"IVF{max(64, 1 << round(np.log2(rows / 512)))},SQ8"
+        index = f"IVF{max(64, 1 << round(np.log2(rows / 512)))},PQ192x4fs"
         search = SearchConfig(index=index, nprobe=nprobe, min_recall=0, shards=1)
         plan = plan_shards(work / f"grown-{share}", search, some, [], {"text": "text"})
         shards = start_shards(plan)
@@ -228,16 +233,16 @@ def proportional(fields: Sequence[str]) -> int:
 def table_of(mined: Sequence[Mined], searched: Sequence[Searched]) -> Table:
     """Both settings, and time by rows."""
     table = Table(title=f"{mined[0].queries:,} queries over {mined[0].rows:,} passages")
-    for column in ("shards", "queries a block", "index, s", "mine, s", "own, MiB", "mapped, MiB"):
+    for column in ("queries a block", "queries", "index, s", "mine, s", "own, MiB", "mapped, MiB"):
         table.add_column(column, justify="right")
     table.add_column("recall@10", justify="right")
     table.add_column("nprobe", justify="right")
     for run in mined:
-        cells = [f"{run.shards}", f"{run.queries_per_block:,}", f"{run.index_s:,.0f}", f"{run.mine_s:,.0f}"]
+        cells = [f"{run.queries_per_block:,}", f"{run.queries:,}", f"{run.index_s:,.0f}", f"{run.mine_s:,.0f}"]
         cells += [f"{run.own_bytes / 2**20:,.0f}", f"{run.mapped_bytes / 2**20:,.0f}"]
         table.add_row(*cells, f"{run.recall_at_10:.3f}", str(run.nprobe))
     for point in searched:
-        table.add_row("1", f"{point.rows:,} rows", "", f"{point.ms_a_query:.2f} ms a query", "", "", "", "")
+        table.add_row(f"{point.rows:,} rows", "", "", f"{point.ms_a_query:.2f} ms a query", "", "", "", "")
     return table
 
 

@@ -1,12 +1,13 @@
-"""What distillation reads at random: token ids and teacher vectors of every sample, as memory-mapped arrays.
+"""What training reads at random: token ids, vectors and which texts make a sample, as memory-mapped arrays.
 
 Parquet is for streaming; a random batch of 512 rows needs an array. Tokens lie end to end in one file with offsets in
 another, vectors in a third, so that a corpus of any size costs a process no memory beyond the pages it touches.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,8 +17,12 @@ from numpy.lib.format import open_memmap as open_sparse_memmap
 
 from embedlib.batching import TokenIds
 from embedlib.errors import DataError
+from embedlib.objective import NO_TEXT, Samples
 
 TOKENS, OFFSETS, VECTORS = "tokens.npy", "offsets.npy", "vectors.npy"
+SAMPLES, GROUPS, SHARES, SCORES, LABELS = "samples.npy", "groups.npy", "shares.npy", "scores.npy", "labels.npy"
+CACHED = ("guide", "teacher", "base")
+"""Models whose vectors of all texts may lie beside them, each in a directory of its own."""
 
 
 class DistillationSet(NamedTuple):
@@ -53,6 +58,74 @@ class DistillationSet(NamedTuple):
         """Token ids and teacher vectors (len(rows), dim) float32 of the samples `rows`."""
         tokens = [self.tokens[self.offsets[row] : self.offsets[row + 1]] for row in rows]
         return tokens, torch.from_numpy(self.vectors[rows].astype(np.float32))
+
+
+class ContrastiveSet(NamedTuple):
+    """Samples by index: which texts they are made of; texts by number: token ids and cached vectors."""
+
+    tokens: npt.NDArray[np.int32]
+    """All texts' token ids end to end."""
+    offsets: npt.NDArray[np.int64]
+    """(num_texts + 1,)."""
+    samples: npt.NDArray[np.int64]
+    """(num_samples, 2 + most negatives) query, positive and negatives, `NO_TEXT` where there are fewer."""
+    groups: npt.NDArray[np.int64]
+    """(num_samples,) which are not mixed in a batch."""
+    shares: npt.NDArray[np.float64]
+    """(groups,) how often an epoch goes through each group."""
+    scores: npt.NDArray[np.float32] | None = None
+    """(num_samples, 1 + most negatives) a teacher's."""
+    labels: npt.NDArray[np.float32] | None = None
+    """(num_samples,)."""
+    vectors: Mapping[str, npt.NDArray[np.float16]] = MappingProxyType({})
+    """(num_texts, dim) of each of the models in `CACHED` that there are."""
+
+    @classmethod
+    def open(cls, directory: Path) -> "ContrastiveSet":
+        """Map the arrays of `directory`, read-only."""
+
+        def mapped(path: Path) -> npt.NDArray[Any] | None:
+            return np.load(path, mmap_mode="r") if path.exists() else None
+
+        vectors = {name: mapped(directory / name / VECTORS) for name in CACHED}
+        return cls(
+            tokens=np.load(directory / TOKENS, mmap_mode="r"),
+            offsets=np.load(directory / OFFSETS, mmap_mode="r"),
+            samples=np.load(directory / SAMPLES, mmap_mode="r"),
+            groups=np.load(directory / GROUPS, mmap_mode="r"),
+            shares=np.load(directory / SHARES),
+            scores=mapped(directory / SCORES),
+            labels=mapped(directory / LABELS),
+            vectors={name: array for name, array in vectors.items() if array is not None},
+        )
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.samples)
+
+    def lengths(self, texts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Tokens of each of the `texts`."""
+        return self.offsets[texts + 1] - self.offsets[texts]
+
+    def token_ids(self, texts: npt.NDArray[np.int64]) -> list[TokenIds]:
+        """Token ids of each of the `texts`."""
+        return [self.tokens[self.offsets[text] : self.offsets[text + 1]] for text in texts]
+
+    def batch(self, rows: npt.NDArray[np.int64], device: torch.device) -> tuple[npt.NDArray[np.int64], Samples]:
+        """The distinct texts of the samples `rows`, and those samples by their places among them."""
+        numbers = np.asarray(self.samples[rows])
+        there = numbers != NO_TEXT
+        texts = np.unique(numbers[there])
+        places = np.where(there, np.searchsorted(texts, numbers), NO_TEXT)
+        local = torch.from_numpy(places).to(device)
+        rated = None if self.scores is None else torch.from_numpy(np.asarray(self.scores[rows])).to(device)
+        labels = None if self.labels is None else torch.from_numpy(np.asarray(self.labels[rows])).to(device)
+        cached = {
+            name: torch.from_numpy(vectors[texts].astype(np.float32)).to(device)
+            for name, vectors in self.vectors.items()
+        }
+        queries, positives = local[:, :2].T.contiguous()
+        return texts, Samples(queries, positives, local[:, 2:], rated, labels, **cached)
 
 
 def new_array(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.NDArray[Any]:

@@ -1,5 +1,7 @@
 """Distil a student from cached teacher vectors: the loop of one process, with no cluster in sight."""
 
+import json
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,14 +11,16 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from pydantic import Field
+from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 from torch import nn
 
+from embedlib.artifact import MANIFEST_NAME
 from embedlib.batching import token_budget_batches
 from embedlib.collectives import all_reduce_sum, rank, world_size
 from embedlib.config import Config
 from embedlib.dataset import DistillationSet
-from embedlib.encoder import Encoder, SentenceVectors, fast_dtype
+from embedlib.encoder import Encoder, SentenceVectors, body_of, fast_dtype
 from embedlib.losses import LossConfig
 from embedlib.memory import keep_freed_memory
 from embedlib.training import (
@@ -90,7 +94,7 @@ def new_state(model: nn.Module, num_samples: int, config: DistillationConfig) ->
 def distil(state: TrainState, dataset: DistillationSet, config: DistillationConfig) -> Iterator[Step]:
     """Take the steps that are left, one each time the caller asks for the next."""
     device = next(state.model.parameters()).device
-    dtype = resolve_dtype(config, device)
+    dtype = resolve_dtype(config.dtype, device)
     budget = config.micro_batch_tokens or (CUDA_MICRO_BATCH_TOKENS if device.type == "cuda" else CPU_MICRO_BATCH_TOKENS)
     student = unwrapped(state.model)
     order = SampleOrder(len(dataset), config.batch_size, config.seed)
@@ -108,11 +112,11 @@ def unwrapped(model: nn.Module) -> SentenceVectors:
     return inner
 
 
-def resolve_dtype(config: DistillationConfig, device: torch.device) -> torch.dtype:
+def resolve_dtype(name: Literal["auto", "float32", "bfloat16"], device: torch.device) -> torch.dtype:
     """The arithmetic that `auto` stands for on this device; never float16, whose gradients would need scaling."""
-    if config.dtype == "auto":
+    if name == "auto":
         return torch.bfloat16 if fast_dtype(device) == torch.bfloat16 else torch.float32
-    return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
 @torch.inference_mode()
@@ -130,6 +134,18 @@ def validation_cosine(model: nn.Module, dataset: DistillationSet, dtype: torch.d
         total[1] += len(part)
     all_reduce_sum(total)
     return float(total[0] / total[1])
+
+
+def write_trained(directory: Path, initial: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Write the directory of the model that training began with, with the trained weights."""
+    trained = load_student(initial, torch.device("cpu"))
+    trained.load_state_dict(weights)
+    shutil.copytree(initial, directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST_NAME))
+    body_of(trained.model).save_pretrained(directory)
+    modules = json.loads((initial / "modules.json").read_text())
+    for entry, module in list(zip(modules, trained.model.children(), strict=True))[1:]:
+        if state := module.state_dict():
+            save_file(state, directory / entry["path"] / "model.safetensors")
 
 
 class Rates(NamedTuple):
@@ -199,5 +215,5 @@ def best_after_distilling(
         state.total_steps = num_steps
         for _ in distil(state, training, config):
             pass
-        scores.append(validation_cosine(model, apart, resolve_dtype(config, teacher.device)))
+        scores.append(validation_cosine(model, apart, resolve_dtype(config.dtype, teacher.device)))
     return int(np.argmax(scores))

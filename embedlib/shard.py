@@ -88,13 +88,20 @@ class Shard(NamedTuple):
         block_rows: int,
         nprobe: int = 1,
         assignment: Assignment | None = None,
+        num_candidates: int = 0,
     ) -> Hits:
-        """The best `k` distinct texts for `queries` (queries, dim), with the scores of the stored vectors."""
+        """The best `k` distinct texts for `queries` (queries, dim), with the scores of the stored vectors.
+
+        An index is asked for `num_candidates`, where that is more than it takes to give `k`.
+        """
+        enough = k + SLACK
         if self.faiss_index is None:
-            return best(self._hits(queries, brute_force(queries, self.vectors, k + SLACK, block_rows)), k)
-        rows = search_index(self.faiss_index, queries, k + SLACK, nprobe, assignment)
-        found = self.positions[np.maximum(rows - self.first_row, 0)]
-        return best(self._hits(queries, np.where(rows == NO_ROW, NO_ROW, found)), k)
+            return best(self._hits(queries, brute_force(queries, self.vectors, enough, block_rows)), k)
+        rows = search_index(self.faiss_index, queries, max(enough, num_candidates), nprobe, assignment)
+        found = np.where(rows == NO_ROW, NO_ROW, self.positions[np.maximum(rows - self.first_row, 0)])
+        if num_candidates > enough:
+            found = self._nearest(queries, found, enough)
+        return best(self._hits(queries, found), k)
 
     def at(self, queries: npt.NDArray[np.float32], rows: npt.NDArray[np.int64]) -> Hits:
         """What `queries` (queries, dim) would score with corpus `rows` (queries, n), where this shard holds them."""
@@ -114,6 +121,11 @@ class Shard(NamedTuple):
         """Where corpus `rows` stand here, -1 for those that another shard holds."""
         here = (rows >= self.first_row) & (rows < self.first_row + len(self.positions))
         return np.where(here, self.positions[np.where(here, rows - self.first_row, 0)], NO_ROW)
+
+    def _nearest(self, queries: npt.NDArray[np.float32], found: npt.NDArray[np.int64], k: int) -> npt.NDArray[np.int64]:
+        """The `k` best of the rows found (queries, n), in no order, in single precision: it is done for many."""
+        scores = np.where(found == NO_ROW, -np.inf, inner_products(queries, self.vectors, found, np.float32))
+        return np.take_along_axis(found, np.argpartition(-scores, k - 1, axis=1)[:, :k], axis=1)
 
     def _hits(self, queries: npt.NDArray[np.float32], found: npt.NDArray[np.int64]) -> Hits:
         there = found != NO_ROW
@@ -249,16 +261,19 @@ def brute_force(queries: npt.NDArray[np.float32], vectors: Vectors, k: int, bloc
 
 
 def inner_products(
-    queries: npt.NDArray[np.float32], vectors: Vectors, found: npt.NDArray[np.int64]
-) -> npt.NDArray[np.float64]:
-    """Inner products of each query (queries, dim) with the vectors it found (queries, k), in double precision."""
-    scores = np.empty(found.shape)
-    step = max(1, RESCORED_BYTES // (8 * max(1, found.shape[1]) * vectors.shape[1]))
+    queries: npt.NDArray[np.float32],
+    vectors: Vectors,
+    found: npt.NDArray[np.int64],
+    dtype: type[np.float32 | np.float64] = np.float64,
+) -> npt.NDArray[np.floating]:
+    """Inner products of each query (queries, dim) with the vectors it found (queries, k)."""
+    scores = np.empty(found.shape, dtype)
+    step = max(1, RESCORED_BYTES // (scores.itemsize * max(1, found.shape[1]) * vectors.shape[1]))
 
     def score(start: int) -> None:
         some = slice(start, start + step)
-        candidates = vectors[found[some]].astype(np.float64)
-        scores[some] = np.matmul(candidates, queries[some, :, None].astype(np.float64))[..., 0]
+        candidates = vectors[found[some]].astype(dtype)
+        scores[some] = np.matmul(candidates, queries[some, :, None].astype(dtype))[..., 0]
 
     with ThreadPoolExecutor(faiss.omp_get_max_threads()) as threads:
         list(threads.map(score, range(0, len(queries), step)))

@@ -1,15 +1,16 @@
 """One process' view of training: the state, the order of samples, the schedule and one optimiser step.
 
 The arithmetic does not depend on how a batch is cut: a batch of samples split into micro-batches, or over processes,
-gives the gradient of the whole batch. Where the loss couples the vectors (a Gram term) and the batch is too large for
-one graph, they are embedded without gradient, then once more with it, as in GradCache (Gao et al. 2021,
+gives the gradient of the whole batch. Where the loss couples the vectors (a Gram term, contrast) and the batch is too
+large for one graph, they are embedded without gradient, then once more with it, as in GradCache (Gao et al. 2021,
 arXiv:2101.06983).
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from pydantic import Field
 from torch import nn
 
 from embedlib.batching import TokenIds, token_budget_batches
-from embedlib.collectives import all_gather_rows, all_reduce_max, rank, world_size
+from embedlib.collectives import all_gather_rows, all_reduce_max, all_reduce_sum, rank, world_size
 from embedlib.config import Config
 from embedlib.losses import LossConfig, distillation_loss
 from embedlib.packing import Collate
@@ -46,6 +47,12 @@ class OptimizerConfig(Config):
     """AdamW's running-average coefficients."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients longer than this are scaled down to it."""
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """Each layer's learning rate is that of the layer above times this."""
+    frozen_blocks: int = Field(default=0, ge=0)
+    """So many of the lowest blocks stay as they are: 1 the token embeddings, 2 the first layer as well, and so on."""
+    average: float | None = Field(default=None, gt=0, lt=1)
+    """Share that a running average of the weights keeps of itself in a step; the average is what is kept in the end."""
 
 
 class Batch(NamedTuple):
@@ -81,27 +88,81 @@ class TrainState:
     total_steps: int
     step: int = 0
     """Steps done; with batch size, seed and number of samples it is the data cursor, at any world size."""
+    head: nn.Module = field(default_factory=nn.Identity)
+    """What is trained with the model and thrown away: projections of the loss. The same in every process."""
+    averaged: dict[str, torch.Tensor] = field(default_factory=dict)
+    """The running average of the model's weights, where the configuration asks for one."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All weights that are trained."""
+        return [each for part in (self.model, self.head) for each in part.parameters() if each.requires_grad]
+
+    def follow(self) -> None:
+        """Move the running average towards the weights."""
+        if self.config.average is None:
+            return
+        inner = self.model.module if isinstance(self.model, nn.parallel.DistributedDataParallel) else self.model
+        for name, weights in inner.state_dict().items():
+            if name in self.averaged:
+                self.averaged[name].lerp_(weights, 1 - self.config.average)
+            else:
+                self.averaged[name] = weights.clone()
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimiser, step and random state; weights are saved apart, as safetensors."""
-        return {"optimizer": self.optimizer.state_dict(), "step": self.step, "rng": torch.get_rng_state()}
+        """Optimiser, step, random state, head and average; weights are saved apart, as safetensors."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "rng": torch.get_rng_state(),
+            "head": self.head.state_dict(),
+            "averaged": self.averaged,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = int(state["step"])
+        self.head.load_state_dict(state["head"])
+        self.averaged = state["averaged"]
         torch.set_rng_state(state["rng"])
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW in two groups, so that LayerNorm and bias are not decayed."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
+def build_optimizer(model: nn.Module, config: OptimizerConfig, head: nn.Module | None = None) -> torch.optim.AdamW:
+    """AdamW in groups, so that LayerNorm and bias are not decayed, and lower layers learn more slowly if so wished.
+
+    The frozen blocks are switched off in `model`.
+    """
+    named = list(model.named_parameters())
+    top = max(_block(name, 0) for name, _ in named)
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {(top, False): [], (top, True): []}
+    for name, parameter in named:
+        block = _block(name, top)
+        if block < config.frozen_blocks:
+            parameter.requires_grad_(False)
         if parameter.requires_grad:
-            (plain if name.endswith(NO_DECAY) else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+            groups.setdefault((block if config.layer_decay < 1 else top, name.endswith(NO_DECAY)), []).append(parameter)
+    if head is not None:
+        groups[top, False] += head.parameters()
+    return torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "weight_decay": 0.0 if plain else config.weight_decay,
+                "rate": config.layer_decay ** (top - block),
+            }
+            for (block, plain), parameters in groups.items()
+        ],
+        lr=config.learning_rate,
+        betas=config.betas,
+        fused=True,
+    )
+
+
+def _block(name: str, top: int) -> int:
+    """How high a parameter stands: 0 embeddings, n the n-th layer; `top` what lies above or elsewhere."""
+    if found := re.search(r"\blayers?\.(\d+)\.", name):
+        return int(found[1]) + 1
+    return 0 if "embeddings." in name else top
 
 
 def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float:
@@ -149,39 +210,89 @@ def dealt(lengths: npt.NDArray[np.int64], number: int, num_shares: int) -> npt.N
 def train_step(
     state: TrainState, batch: Batch, loss: LossConfig, batch_tokens: int, dtype: torch.dtype, collate: Collate
 ) -> StepResult:
-    """One optimiser step on `batch`, forward and backward in micro-batches of at most `batch_tokens` padded tokens."""
-    device = next(state.model.parameters()).device
-    lengths = np.array([len(tokens) for tokens in batch.tokens])
-    micro_batches = list(token_budget_batches(lengths, batch_tokens))
+    """One optimiser step of distillation, in micro-batches of at most `batch_tokens` padded tokens."""
+    targets = batch.targets.to(_device(state))
+    every_target = all_gather_rows(targets)[0] if loss.couples_rows else targets
+
+    def of_batch(vectors: torch.Tensor, own: slice) -> Iterator[torch.Tensor]:
+        if loss.couples_rows:
+            yield distillation_loss(vectors, every_target, loss)[own].sum() / batch.total_rows
+        else:
+            yield distillation_loss(vectors[own], targets, loss).sum() / batch.total_rows
+
+    def of_rows(vectors: torch.Tensor, rows: npt.NDArray[np.int64]) -> torch.Tensor:
+        return distillation_loss(vectors, targets[rows], loss).sum() / batch.total_rows
+
+    arithmetic = Arithmetic(batch_tokens, dtype, collate)
+    return optimise(state, batch.tokens, of_batch, arithmetic, None if loss.couples_rows else of_rows)
+
+
+class Arithmetic(NamedTuple):
+    """How forward and backward are computed."""
+
+    batch_tokens: int
+    """Padded tokens of one forward and backward at most."""
+    dtype: torch.dtype
+    collate: Collate
+
+
+BatchLoss = Callable[[torch.Tensor, slice], Iterator[torch.Tensor]]
+"""From the vectors of all processes, in rank order, and which are this process' own: the terms whose sum over all
+processes is the mean loss of the batch. One at a time, so that a large batch is never compared with itself at once."""
+RowLoss = Callable[[torch.Tensor, npt.NDArray[np.int64]], torch.Tensor]
+"""From the vectors of some of this process' rows, and which: what they add to the mean loss of the batch."""
+
+
+def optimise(
+    state: TrainState,
+    tokens: Sequence[TokenIds],
+    of_batch: BatchLoss,
+    arithmetic: Arithmetic,
+    of_rows: RowLoss | None = None,
+) -> StepResult:
+    """One optimiser step on this process' texts; `of_rows` is given where rows do not depend on each other."""
+    device = _device(state)
+    lengths = np.array([len(sequence) for sequence in tokens])
+    micro_batches = list(token_budget_batches(lengths, arithmetic.batch_tokens))
     # Nothing is used twice within one forward, and a cache would be one for all threads.
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
+    mixed = arithmetic.dtype != torch.float32
+    autocast = torch.autocast(device.type, arithmetic.dtype, enabled=mixed, cache_enabled=False)
 
     def embed(rows: npt.NDArray[np.int64]) -> torch.Tensor:
         with autocast:
-            vectors: torch.Tensor = state.model(**collate([batch.tokens[row] for row in rows]))
+            vectors: torch.Tensor = state.model(**arithmetic.collate([tokens[row] for row in rows]))
         return vectors.float()
 
-    backward = Backward(state.model, embed, batch.targets.to(device), batch.total_rows, loss)
+    backward = Backward(state.model, embed, of_batch)
     padded_tokens = sum(len(rows) * int(lengths[rows].max()) for rows in micro_batches)
     num_lanes = _num_lanes(state.model, device)
     if num_lanes > 1 and padded_tokens <= WHOLE_GRAPH_TOKENS:
         shares = [dealt(lengths, number, num_lanes) for number in range(num_lanes)]
-        lanes = [[share[rows] for rows in token_budget_batches(lengths[share], batch_tokens)] for share in shares]
+        budget = arithmetic.batch_tokens
+        lanes = [[share[rows] for rows in token_budget_batches(lengths[share], budget)] for share in shares]
         total_loss = backward.in_lanes(lanes)
-    elif not loss.couples_rows:
-        total_loss = backward.by_row(micro_batches)
+    elif of_rows:
+        total_loss = backward.by_row(micro_batches, of_rows)
     # All processes must agree, or their exchanges would meet in different orders.
     elif all_reduce_max(padded_tokens, device) <= WHOLE_GRAPH_TOKENS:
         total_loss = backward.whole(micro_batches)
     else:
         total_loss = backward.twice(micro_batches)
     for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(state.step, state.total_steps, state.config)
-    norm = nn.utils.clip_grad_norm_(state.model.parameters(), state.config.max_grad_norm)
+        group["lr"] = group.get("rate", 1.0) * learning_rate(state.step, state.total_steps, state.config)
+    for parameter in state.head.parameters():
+        # Each process has that of its own part of the loss.
+        parameter.grad = all_reduce_sum(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+    norm = nn.utils.clip_grad_norm_(state.parameters(), state.config.max_grad_norm)
     state.optimizer.step()
+    state.follow()
     state.optimizer.zero_grad()
     state.step += 1
     return StepResult(total_loss, int(lengths.sum()), float(norm))
+
+
+def _device(state: TrainState) -> torch.device:
+    return next(state.model.parameters()).device
 
 
 Embed = Callable[[npt.NDArray[np.int64]], torch.Tensor]
@@ -194,36 +305,41 @@ class Backward(NamedTuple):
 
     model: nn.Module
     embed: Embed
-    targets: torch.Tensor
-    """Teacher vectors (rows, dim) of this process' rows."""
-    total_rows: int
-    """Rows of the batch over all processes."""
-    loss: LossConfig
+    of_batch: BatchLoss
 
-    def by_row(self, micro_batches: MicroBatches) -> float:
+    def by_row(self, micro_batches: MicroBatches, of_rows: RowLoss) -> float:
         """Forward and backward of one micro-batch after another, for a loss that does not couple rows."""
         total = 0.0
         for rows in _exchanging_last(self.model, micro_batches):
-            scalar = distillation_loss(self.embed(rows), self.targets[rows], self.loss).sum() / self.total_rows
+            part = of_rows(self.embed(rows), rows)
             # DistributedDataParallel averages over processes; the rows' losses are to be added up.
-            (scalar * world_size()).backward()
-            total += scalar.item()
+            (part * world_size()).backward()
+            total += part.item()
         return total
 
     def whole(self, micro_batches: MicroBatches) -> float:
         """All forwards, then one backward: quickest where the activations of the batch fit into memory."""
         parts = [self.embed(rows) for rows in _exchanging_last(self.model, micro_batches)]
-        joined = joined_loss(_in_batch_order(parts, micro_batches), self.targets, self.total_rows, self.loss)
-        (joined.whole * world_size()).backward()
-        return joined.own_part
+        own_part, gradient = self._by_vectors([part.detach() for part in parts], micro_batches)
+        torch.autograd.backward(parts, [gradient[rows] * world_size() for rows in micro_batches])
+        return own_part
 
     def twice(self, micro_batches: MicroBatches) -> float:
-        """GradCache: all vectors without gradient, the loss's gradient by them, then each micro-batch again with it."""
+        """GradCache: all vectors without gradient, the loss's gradient by them, then each micro-batch again with it.
+
+        Chance is replayed, so that dropout leaves out the same the second time.
+        """
+        chances, parts = [], []
         with torch.no_grad():
-            parts = [self.embed(rows) for rows in micro_batches]
+            for rows in micro_batches:
+                chances.append(_chance())
+                parts.append(self.embed(rows))
         own_part, gradient = self._by_vectors(parts, micro_batches)
-        for rows in _exchanging_last(self.model, micro_batches):
+        after = _chance()
+        for rows, chance in zip(_exchanging_last(self.model, micro_batches), chances, strict=True):
+            _replay(chance)
             ((self.embed(rows) * gradient[rows]).sum() * world_size()).backward()
+        _replay(after)
         return own_part
 
     def in_lanes(self, lanes: Sequence[MicroBatches]) -> float:
@@ -245,11 +361,27 @@ class Backward(NamedTuple):
         return own_part
 
     def _by_vectors(self, parts: list[torch.Tensor], micro_batches: MicroBatches) -> tuple[float, torch.Tensor]:
-        """This process' part of the loss, and the loss's gradient by its vectors (rows, dim)."""
-        own = _in_batch_order(parts, micro_batches).requires_grad_(True)
-        joined = joined_loss(own, self.targets, self.total_rows, self.loss)
-        (gradient,) = torch.autograd.grad(joined.whole, own)
-        return joined.own_part, gradient
+        """This process' part of the loss, and the whole loss's gradient by its own vectors (rows, dim)."""
+        vectors, start = all_gather_rows(torch.cat(parts)[np.argsort(np.concatenate(micro_batches))])
+        own = slice(start, start + sum(map(len, micro_batches)))
+        vectors.requires_grad_(True)
+        vectors.grad = torch.zeros_like(vectors)  # a process may have no part in a small batch
+        total = 0.0
+        for part in self.of_batch(vectors, own):
+            part.backward()
+            total += part.item()
+        # Every process has the gradient of its own part by the vectors of all.
+        return total, all_reduce_sum(vectors.grad)[own]
+
+
+def _chance() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+
+def _replay(chance: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
+    torch.set_rng_state(chance[0])
+    if chance[1]:
+        torch.cuda.set_rng_state_all(chance[1])
 
 
 def _num_lanes(model: nn.Module, device: torch.device) -> int:
@@ -257,28 +389,6 @@ def _num_lanes(model: nn.Module, device: torch.device) -> int:
     if device.type != "cpu" or world_size() > 1 or model.training:
         return 1
     return min(torch.get_num_threads(), MAX_LANES)
-
-
-def _in_batch_order(parts: list[torch.Tensor], micro_batches: MicroBatches) -> torch.Tensor:
-    return torch.cat(parts)[np.argsort(np.concatenate(micro_batches))]
-
-
-class JoinedLoss(NamedTuple):
-    """A loss over the rows of all processes."""
-
-    whole: torch.Tensor
-    """The mean over all rows, differentiable by this process' vectors."""
-    own_part: float
-    """What this process' rows add to it."""
-
-
-def joined_loss(own: torch.Tensor, targets: torch.Tensor, total_rows: int, loss: LossConfig) -> JoinedLoss:
-    """The loss of `own` vectors (rows, dim) together with those of the other processes, which stay constant."""
-    gathered, start = all_gather_rows(own)
-    end = start + len(own)
-    joined = torch.cat([gathered[:start], own, gathered[end:]])
-    by_row = distillation_loss(joined, all_gather_rows(targets)[0], loss) / total_rows
-    return JoinedLoss(by_row.sum(), by_row[start:end].sum().item())
 
 
 def _exchanging_last(model: nn.Module, micro_batches: MicroBatches) -> Iterator[npt.NDArray[np.int64]]:

@@ -10,9 +10,6 @@ fingerprint of what it was made from; a rerun skips what is finished and goes on
 
 from jobs.cli import run_job  # isort: skip (takes jobs/ off sys.path before any library is imported)
 
-import json
-import os
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -23,20 +20,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-import ray
-import ray.train
 import torch
 from pydantic import Field
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
 from rich.console import Console
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from embedlib.artifact import (
-    MANIFEST_NAME,
     Manifest,
     fingerprint,
     hash_file,
@@ -46,7 +36,6 @@ from embedlib.artifact import (
     read_manifest,
 )
 from embedlib.batching import TokenIds
-from embedlib.collectives import all_reduce_sum
 from embedlib.compression import CompressionConfig, compress, known_prompts, write_student
 from embedlib.config import Config
 from embedlib.corpus import (
@@ -72,38 +61,25 @@ from embedlib.distillation import (
     plan_within,
     resolve_dtype,
     validation_cosine,
+    write_trained,
 )
 from embedlib.embedding import VectorsConfig
-from embedlib.encoder import Encoder, body_of, with_prompts
-from embedlib.errors import ArtifactError, ConfigError
+from embedlib.encoder import Encoder, with_prompts
+from embedlib.errors import ArtifactError
 from embedlib.evaluation.comparison import HeldOut, Paths, compare, draw
 from embedlib.evaluation.report import Report, Training, print_table, read_report, render_html, write_json
 from embedlib.model_directory import read_prompts
 from embedlib.pretrained import EMBEDDED_TEACHER, EMBEDDED_TEACHER_NAME, pretrained_directory, with_prompts_of
-from embedlib.training import TrainState
 from embedlib.wheels import cache_directory
 from jobs.embed import EmbedConfig, embed, read_parts
-from jobs.runtime import Progress, artifacts_directory, connect, format_seconds, num_gpus, quiet
+from jobs.runtime import artifacts_directory, connect, format_seconds
+from jobs.trainer import Trained, WorkersConfig, fit, read_history, run_worker, start_worker
 
 DEMO_RUN = Path(__file__).parent / "runs" / "demo.yaml"
-WEIGHTS, STATE = "model.safetensors", "state.pt"
-LOG_EVERY_STEPS = 10
+VALIDATION = "validation_cosine"
 VALIDATION_TEXTS = 1000
 PROBE_TEXTS = 2000
 MIN_PART_ROWS, NUM_PARTS = 512, 32
-
-
-class WorkersConfig(Config):
-    """How the steps are spread over the cluster and kept safe."""
-
-    num_workers: int | None = Field(default=None, ge=1)
-    """Training processes; none: one a GPU, or one with all cores of a node where there are none."""
-    validate_every: int = Field(default=200, ge=1)
-    """Steps between two validations."""
-    checkpoint_every: int = Field(default=200, ge=1)
-    """Steps between two checkpoints: what a crash can cost."""
-    max_failures: int = Field(default=3, ge=-1)
-    """Crashes of a worker that are survived by going on from the last checkpoint; -1: any number."""
 
 
 class DistillConfig(Config):
@@ -162,77 +138,17 @@ class TrainJob(Config):
 def train_worker(values: dict[str, Any]) -> None:
     """One training process: go on from the last checkpoint to the end."""
     job = TrainJob.model_validate(values)
-    quiet()
-    context = ray.train.get_context()
-    rank = context.get_world_rank()
-    device = ray.train.torch.get_device()
-    if device.type == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+    device = start_worker()
     dataset, validation = DistillationSet.open(job.dataset), DistillationSet.open(job.dataset / "validation")
-    student = load_student(job.student, device)
-    model: torch.nn.Module = student
-    if context.get_world_size() > 1:
-        model = DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None)
-    state = new_state(model, len(dataset), job.distillation)
-    if checkpoint := ray.train.get_checkpoint():
-        with checkpoint.as_directory() as folder:
-            student.load_state_dict(load_file(Path(folder) / WEIGHTS))
-            state.load_state_dict(torch.load(Path(folder) / STATE, weights_only=True))
-    if rank == 0:
-        forget_after(job.log, state.step)
-    if context.get_world_size() > 1:
-        torch.distributed.barrier()
-
-    dtype = resolve_dtype(job.distillation, device)
-    progress = Progress("distil", state.total_steps, "steps")
-    window: list[tuple[float, float]] = []
-    with (job.log / f"samples-{rank:04}.jsonl").open("a") as samples, (job.log / "history.jsonl").open("a") as history:
-        start = time.perf_counter()
-        for step in distil(state, dataset, job.distillation):
-            samples.write(json.dumps({"step": step.step, "ids": step.ids}) + "\n")
-            window.append((step.result.loss, step.result.num_tokens))
-            last = step.step == state.total_steps
-            record: dict[str, float] = {"step": step.step}
-            if step.step % LOG_EVERY_STEPS == 0 or last:
-                totals = all_reduce_sum(torch.tensor(window, device=device, dtype=torch.float64).sum(0))
-                seconds = time.perf_counter() - start
-                record |= {"loss": float(totals[0]) / len(window), "tokens_per_s": float(totals[1]) / seconds}
-                record |= {"grad_norm": step.result.grad_norm, "learning_rate": state.optimizer.param_groups[0]["lr"]}
-                window, start = [], time.perf_counter()
-            if step.step % job.workers.validate_every == 0 or last:
-                record["validation_cosine"] = validation_cosine(model, validation, dtype)
-            if rank == 0 and len(record) > 1:
-                history.write(json.dumps(record) + "\n")
-                history.flush()
-            if rank == 0 and "loss" in record:
-                progress.update(step.step, f"loss {record['loss']:.4f} · {record['tokens_per_s']:,.0f} tokens/s")
-            if step.step % job.workers.checkpoint_every == 0 or last:
-                samples.flush()
-                save_checkpoint(student, state, record, is_writer=rank == 0)
-
-
-def save_checkpoint(student: torch.nn.Module, state: TrainState, metrics: dict[str, float], is_writer: bool) -> None:
-    """Report to Ray Train, from every process; the writer's report carries the weights and the state."""
-    if not is_writer:
-        ray.train.report(metrics)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        save_file(dict(student.state_dict()), Path(folder) / WEIGHTS)
-        torch.save(state.state_dict(), Path(folder) / STATE)
-        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
-
-
-def forget_after(log: Path, step: int) -> None:
-    """Drop what the logs say of steps after `step`: the run that wrote it was cut off, and they are done again."""
-    for path in log.glob("*.jsonl"):
-        kept = []
-        for line in path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except json.JSONDecodeError:  # the line that the crash cut short
-                continue
-        path.write_text("".join(line + "\n" for line in kept))
+    dtype = resolve_dtype(job.distillation.dtype, device)
+    trained = Trained(
+        load_student(job.student, device),
+        start=lambda model: new_state(model, len(dataset), job.distillation),
+        steps=lambda state: distil(state, dataset, job.distillation),
+        validate=lambda state: validation_cosine(state.model, validation, dtype),
+        metric=VALIDATION,
+    )
+    run_worker(trained, job.workers, job.log, "distil")
 
 
 def make_corpus(config: DistillConfig) -> Path:
@@ -405,65 +321,15 @@ def make_trained(config: DistillConfig, plan: Plan, student: Path, dataset: Path
     log = run / "log"
     log.mkdir(parents=True, exist_ok=True)
     job = TrainJob(student=student, dataset=dataset, log=log, distillation=distillation, workers=config.workers)
-    gpus = num_gpus()
-    num_workers = config.workers.num_workers or gpus or 1
-    if distillation.batch_size < num_workers or plan.num_texts < num_workers:
-        raise ConfigError(
-            f"workers.num_workers: {num_workers}; expected at most distillation.batch_size "
-            f"({distillation.batch_size}) and the number of texts ({plan.num_texts})"
-        )
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config=job.model_dump(mode="json"),
-        scaling_config=ScalingConfig(
-            num_workers=num_workers,
-            use_gpu=gpus > 0,
-            resources_per_worker={"CPU": 1, **({"GPU": 1} if gpus else {})},
-        ),
-        run_config=RunConfig(
-            name="ray",
-            # Ray Train would print every line twice. (mypy sees the class of the older Ray Train.)
-            worker_runtime_env={"env_vars": {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}},  # type: ignore[call-arg]
-            storage_path=str(run),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-            failure_config=FailureConfig(max_failures=config.workers.max_failures),
-        ),
-    )
-    checkpoint = trainer.fit().checkpoint
-    assert checkpoint is not None  # noqa: S101 (the last step always reports one)
+    most_workers = min(distillation.batch_size, plan.num_texts)
+    weights, _ = fit(train_worker, job, config.workers, run, most_workers, VALIDATION)
     with new_artifact(directory, "student", mark, parents=parents, config=config.model_dump(mode="json")) as (
         scratch,
         measurements,
     ):
-        with checkpoint.as_directory() as folder:
-            write_trained(scratch, student, load_file(Path(folder) / WEIGHTS))
-        measurements |= read_history(log)
+        write_trained(scratch, student, weights)
+        measurements |= read_history(log, VALIDATION)
     return directory
-
-
-def write_trained(directory: Path, initial: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Write the initial student's directory with the trained weights."""
-    trained = load_student(initial, torch.device("cpu"))
-    trained.load_state_dict(weights)
-    shutil.copytree(initial, directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST_NAME))
-    body_of(trained.model).save_pretrained(directory)
-    modules = json.loads((initial / "modules.json").read_text())
-    for entry, module in list(zip(modules, trained.model.children(), strict=True))[1:]:
-        if state := module.state_dict():
-            save_file(state, directory / entry["path"] / WEIGHTS)
-
-
-def read_history(log: Path) -> dict[str, list[float]]:
-    """Loss and validation by step, as the report wants them."""
-    records = [json.loads(line) for line in (log / "history.jsonl").read_text().splitlines()]
-    losses = [record for record in records if "loss" in record]
-    validations = [record for record in records if "validation_cosine" in record]
-    return {
-        "steps": [record["step"] for record in losses],
-        "loss": [record["loss"] for record in losses],
-        "validation_steps": [record["step"] for record in validations],
-        "validation_cosine": [record["validation_cosine"] for record in validations],
-    }
 
 
 def make_report(config: DistillConfig, paths: Paths, timings: dict[str, float]) -> Report:

@@ -38,7 +38,7 @@ from jobs.shards import (
     check_vectors,
     cut,
     ids_of,
-    inverted_lists,
+    num_lists,
     read_chunks,
     require_distinct,
     sample,
@@ -97,7 +97,7 @@ def build(config: IndexConfig) -> Manifest:
     if base and not trained.exists():
         save_index(read_inverted(Path(config.base or "") / TRAINED_NAME), trained)
     elif not trained.exists():
-        factory = inverted_lists(len(ids)) if config.factory == "auto" else config.factory
+        factory = f"IVF{num_lists(len(ids))},SQ8" if config.factory == "auto" else config.factory
         with own_errors():
             parts = [part for piece in pieces for part in piece]
             ray.get(ray.remote(num_cpus=1)(train_on_worker).remote(parts, factory, trained))

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
@@ -34,6 +35,7 @@ ROWS_A_LIST = 512
 MAX_LISTS = 1 << 18
 MAX_GRAPH_SEARCH = 4096
 RECALL_AT = 10
+ROUGH_CANDIDATES = 1024
 # The one column that is read of vectors whose texts are known already.
 VECTORS = {"vector": "vector"}
 
@@ -43,7 +45,10 @@ class SearchConfig(Config):
 
     index: str = "auto"
     """exact: brute force; a kind of index as faiss.index_factory names it, such as IVF4096,SQ8; auto: exact up to a
-    million rows, then inverted lists of about 512 rows."""
+    million rows, then inverted lists of about 512 rows as 4-bit codes, or as bytes where the index is to be merged."""
+    candidates: int | None = Field(default=None, ge=1)
+    """Rows that the index gives a query, over all shards, for their own vectors to be compared; none: 1024 for kinds
+    that keep product-quantised codes, which order rows but roughly, else no more than are needed."""
     shards: int | None = Field(default=None, ge=1)
     """Pieces of the corpus, each with a process; none: one a node."""
     nprobe: int = Field(default=16, ge=1)
@@ -73,6 +78,8 @@ class ShardPlan(NamedTuple):
     id_type: pa.DataType
     num_own_rows: int
     """Rows that have an id of the corpus; those after them have none."""
+    factory: str | None
+    """Kind of index; none: brute force."""
     nprobe: int
     judge: list[list[Part]]
     """The rows of each shard once more, with the vectors of a second model; empty where there is none."""
@@ -108,7 +115,9 @@ class IndexShard:
     def __init__(self, plan: ShardPlan, number: int, threads: int) -> None:
         faiss.omp_set_num_threads(threads)
         self.plan, self.number = plan, number
-        self.block_rows = SearchConfig.model_validate(plan.search).block_rows
+        search = SearchConfig.model_validate(plan.search)
+        self.block_rows = search.block_rows
+        self.num_candidates = candidates_a_shard(search, len(plan.chunks), plan.factory)
         self.opened: Shard | None = None
 
     @property
@@ -139,7 +148,7 @@ class IndexShard:
     ) -> Hits:
         """The best `k` for `queries` (queries, dim), by brute force where `exact`."""
         shard = self.shard._replace(faiss_index=None) if exact else self.shard
-        return shard.search(queries, k, self.block_rows, nprobe, assignment)
+        return shard.search(queries, k, self.block_rows, nprobe, assignment, self.num_candidates)
 
     def at(self, queries: npt.NDArray[np.float32], rows: npt.NDArray[np.int64]) -> Hits:
         """What queries score with given rows."""
@@ -167,10 +176,12 @@ def plan_shards(
     `judge` are files of the same rows with a second model's vectors.
     """
     num_shards = search.shards or len(ray.nodes())
+    chunks = cut([*own, *others], num_shards)
     plan = ShardPlan(
         work=str(work),
         search=search.model_dump(),
-        chunks=cut([*own, *others], num_shards),
+        chunks=chunks,
+        factory=factory_of(search, [part for run in chunks for part in run]),
         judge=cut(judge, num_shards) if judge else [],
         columns={"id": "id", "vector": "vector"} | columns,
         id_type=pq.read_schema(own[0]).field("id").type if own else pa.int64(),
@@ -178,10 +189,10 @@ def plan_shards(
         nprobe=search.nprobe,
     )
     work.mkdir(parents=True, exist_ok=True)
-    if (factory := factory_of(search.index, plan.num_rows)) and not plan.trained.exists():
+    if plan.factory and not plan.trained.exists():
         with own_errors():
             parts = [part for run in plan.chunks for part in run]
-            ray.get(ray.remote(num_cpus=1)(train_on_worker).remote(parts, factory, plan.trained))
+            ray.get(ray.remote(num_cpus=1)(train_on_worker).remote(parts, plan.factory, plan.trained))
     return plan
 
 
@@ -279,23 +290,38 @@ def between(part: Part, begin: int, end: int) -> Part:
     return Part(part.file, part.start + first - part.first_row, last - first, first)
 
 
-def factory_of(index: str, num_rows: int) -> str | None:
-    """What faiss.index_factory is to make; none: brute force."""
-    if index == "exact" or (index == "auto" and num_rows <= EXACT_ROWS):
+def factory_of(search: SearchConfig, parts: Sequence[Part]) -> str | None:
+    """What faiss.index_factory is to make over these rows; none: brute force."""
+    num_rows = sum(part.num_rows for part in parts)
+    if search.index == "exact" or (search.index == "auto" and num_rows <= EXACT_ROWS):
         return None
-    return inverted_lists(num_rows) if index == "auto" else index
+    if search.index != "auto":
+        return search.index
+    dim = dim_of(parts[0])
+    # FAISS cannot merge lists of 4-bit codes on disk.
+    return f"IVF{num_lists(num_rows)},SQ8" if search.merged or dim % 2 else f"IVF{num_lists(num_rows)},PQ{dim // 2}x4fs"
 
 
-def inverted_lists(num_rows: int) -> str:
-    """The kind of index that so many rows get where none is named."""
-    lists = min(MAX_LISTS, 1 << max(0, round(math.log2(num_rows / ROWS_A_LIST))))
-    return f"IVF{lists},SQ8"
+def num_lists(num_rows: int) -> int:
+    """How many inverted lists so many rows get."""
+    return min(MAX_LISTS, 1 << max(0, round(math.log2(num_rows / ROWS_A_LIST))))
+
+
+def candidates_a_shard(search: SearchConfig, num_shards: int, factory: str | None) -> int:
+    """How many rows an index is asked for: where there are several, twice a shard's share, since they are not alike."""
+    rough = factory is not None and re.search("PQ|RaBitQ", factory) is not None
+    wanted = search.candidates or (ROUGH_CANDIDATES if rough else 0)
+    return wanted if num_shards == 1 else -(-2 * wanted // num_shards)
+
+
+def dim_of(part: Part) -> int:
+    """Elements of the vectors of a part."""
+    return int(pq.read_schema(part.file).field("vector").type.list_size)
 
 
 def train_on_worker(parts: Sequence[Part], factory: str, path: Path) -> None:
     """Ray task: the empty index that all shards begin with, trained on a sample of all parts."""
-    dim = pq.read_schema(parts[0].file).field("vector").type.list_size
-    save_index(train_index(lambda num_rows: sample(parts, num_rows), dim, factory), path)
+    save_index(train_index(lambda num_rows: sample(parts, num_rows), dim_of(parts[0]), factory), path)
 
 
 def sample(parts: Sequence[Part], num_rows: int) -> npt.NDArray[np.float32]:

@@ -92,6 +92,19 @@ def test_an_index_gives_candidates_and_the_vectors_their_scores(factory: str, tm
         np.testing.assert_allclose(scores, products, atol=1e-6)
 
 
+def test_rough_codes_give_more_candidates_for_their_vectors_to_be_compared(tmp_path: Path) -> None:
+    empty = train_index(lambda num_rows: VECTORS[:num_rows].astype(np.float32), 16, "IVF8,PQ8x4fs")
+    save_index(empty, tmp_path / "trained.faiss")
+    build_shard(chunks, tmp_path / "ann", faiss.read_index(str(tmp_path / "trained.faiss")))
+    opened = Shard.open(tmp_path / "ann")
+    exact = opened._replace(faiss_index=None).search(QUERIES, 5, 64)
+    assignment = assign(empty, QUERIES, 8)
+    few, many = (opened.search(QUERIES, 5, 64, 8, assignment, number) for number in (0, 200))
+    assert np.isin(few.rows, exact.rows).mean() < 1
+    assert many.rows.tolist() == exact.rows.tolist()
+    np.testing.assert_array_equal(many.scores, exact.scores)
+
+
 def test_shards_of_one_training_merge_into_one_file(tmp_path: Path) -> None:
     save_index(train_index(lambda _: VECTORS.astype(np.float32), 16, "IVF8,Flat"), tmp_path / "trained.faiss")
     for number, chunk in enumerate(chunks()):

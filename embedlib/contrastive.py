@@ -1,0 +1,153 @@
+"""Train an encoder on queries, positives and negatives: the loop of one process, with no cluster in sight."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import Field
+from torch import nn
+from torch.nn import functional
+
+from embedlib.batching import token_budget_batches
+from embedlib.collectives import all_gather_rows, rank, world_size
+from embedlib.config import Config
+from embedlib.dataset import ContrastiveSet
+from embedlib.distillation import (
+    CPU_MICRO_BATCH_TOKENS,
+    CUDA_MICRO_BATCH_TOKENS,
+    Step,
+    load_student,
+    resolve_dtype,
+    unwrapped,
+)
+from embedlib.encoder import SentenceVectors
+from embedlib.objective import Objective, ObjectiveConfig, Samples
+from embedlib.sampling import BatchPlan
+from embedlib.training import Arithmetic, BatchLoss, OptimizerConfig, TrainState, build_optimizer, dealt, optimise
+
+# Samples whose scores against the whole batch are held at a time.
+LOSS_ROWS = 512
+MRR_DEPTH = 10
+
+
+class ContrastiveConfig(Config):
+    """How the encoder learns."""
+
+    epochs: int = Field(default=1, ge=1)
+    """Passes over the samples."""
+    batch_size: int = Field(default=256, ge=2)
+    """Samples of one optimiser step, over all workers: each is told apart from all others of it."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """What is asked of the vectors."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """How the weights move."""
+    sampling_temperature: float = Field(default=1.0, ge=0, le=1)
+    """A group of samples weighs (their number)**temperature: below 1 small ones come more often than large ones."""
+    dropout: bool = False
+    """Whether the model's dropout is on."""
+    micro_batch_tokens: int | None = Field(default=None, ge=1)
+    """Padded tokens of one forward and backward; none: fit for the device. Memory follows it, not the batch."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of forward and backward; auto: bfloat16 where the hardware is faster with it. Weights stay float32."""
+    seed: int = 0
+    """Decides the order of the samples and dropout."""
+
+
+def batch_plan(dataset: ContrastiveSet, config: ContrastiveConfig) -> BatchPlan:
+    """The batches of every epoch. No query and no positive comes twice in one; two samples may share a negative."""
+    return BatchPlan(dataset.groups, dataset.samples[:, :2], dataset.shares, config.batch_size, config.seed)
+
+
+def load_encoder(directory: Path, device: torch.device, config: ContrastiveConfig) -> SentenceVectors:
+    """The model of a directory, as a module to train in float32."""
+    torch.manual_seed(config.seed)
+    return load_student(directory, device).train(config.dropout)
+
+
+def start_contrast(model: nn.Module, dataset: ContrastiveSet, config: ContrastiveConfig) -> TrainState:
+    """The state before the first step."""
+    plan = batch_plan(dataset, config)
+    device = next(model.parameters()).device
+    width = int(unwrapped(model).model.get_embedding_dimension() or 0)
+    teacher = dataset.vectors["teacher"].shape[1] if "teacher" in dataset.vectors else None
+    objective = Objective(config.objective, width, teacher).to(device)
+    optimizer = build_optimizer(model, config.optimizer, objective)
+    total = sum(len(plan.epoch(epoch)) for epoch in range(config.epochs))
+    return TrainState(model, optimizer, config.optimizer, total, head=objective)
+
+
+def contrast(state: TrainState, dataset: ContrastiveSet, config: ContrastiveConfig) -> Iterator[Step]:
+    """Take the steps that are left, one each time the caller asks for the next."""
+    device = next(state.model.parameters()).device
+    dtype = resolve_dtype(config.dtype, device)
+    budget = config.micro_batch_tokens or (CUDA_MICRO_BATCH_TOKENS if device.type == "cuda" else CPU_MICRO_BATCH_TOKENS)
+    arithmetic = Arithmetic(budget, dtype, unwrapped(state.model).collate)
+    for rows in batches_after(batch_plan(dataset, config), state.step, config.epochs):
+        texts, samples = dataset.batch(rows, device)
+        lengths = dataset.lengths(texts)
+        shares = [dealt(lengths, number, world_size()) for number in range(world_size())]
+        in_order = torch.from_numpy(np.argsort(np.concatenate(shares))).to(device)
+        first, last = (len(rows) * number // world_size() for number in (rank(), rank() + 1))
+        of_batch = batch_loss(state.head, samples, in_order, range(first, last))
+        result = optimise(state, dataset.token_ids(texts[shares[rank()]]), of_batch, arithmetic)
+        yield Step(state.step, rows[first:last].tolist(), result)
+
+
+def batch_loss(objective: nn.Module, samples: Samples, in_order: torch.Tensor, rows: range) -> BatchLoss:
+    """The loss of the samples `rows` of a batch; `in_order` brings the vectors of all processes into its order."""
+    most = len(samples.queries) if objective.is_whole else LOSS_ROWS
+
+    def of_batch(vectors: torch.Tensor, own: slice) -> Iterator[torch.Tensor]:
+        for first in range(rows.start, rows.stop, most):
+            some = slice(first, min(first + most, rows.stop))
+            yield objective(vectors[in_order], samples, some).sum() / len(samples.queries)
+
+    return of_batch
+
+
+def batches_after(plan: BatchPlan, step: int, epochs: int) -> Iterator[npt.NDArray[np.int64]]:
+    """The batches of all epochs but the first `step` of them."""
+    for epoch in range(epochs):
+        batches = plan.epoch(epoch)
+        yield from batches[min(step, len(batches)) :]
+        step = max(0, step - len(batches))
+
+
+@torch.inference_mode()
+def retrieval_mrr(model: nn.Module, dataset: ContrastiveSet, dtype: torch.dtype) -> float:
+    """Mean reciprocal rank, to depth 10, of the first of a query's positives among all positives and negatives."""
+    device = next(model.parameters()).device
+    encoder = unwrapped(model)
+    training, _ = encoder.training, encoder.eval()
+    used = np.unique(dataset.samples[dataset.samples >= 0])
+    mine = used[rank() :: world_size()]
+    parts, order = [torch.empty(0, int(encoder.model.get_embedding_dimension() or 0), device=device)], []
+    for part in token_budget_batches(dataset.lengths(mine), CPU_MICRO_BATCH_TOKENS):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            parts.append(
+                functional.normalize(encoder(**encoder.collate(dataset.token_ids(mine[part]))).float(), dim=-1)
+            )
+        order.append(part)
+    own = torch.cat(parts)[np.argsort(np.concatenate(order))] if order else parts[0]
+    encoder.train(training)
+    gathered, _ = all_gather_rows(own)
+    numbers = np.concatenate([used[number :: world_size()] for number in range(world_size())])
+    vectors = gathered[np.argsort(numbers)]
+    queries, positives = (np.searchsorted(used, dataset.samples[:, column]) for column in (0, 1))
+    documents = np.unique(np.concatenate([dataset.samples[:, 1], dataset.samples[:, 2:].ravel()]))
+    documents = np.searchsorted(used, documents[documents >= 0])
+    distinct, of_query = np.unique(queries, return_inverse=True)
+    total = 0.0
+    for first in range(0, len(distinct), LOSS_ROWS):
+        some = slice(first, min(first + LOSS_ROWS, len(distinct)))
+        scores = vectors[distinct[some]] @ vectors[documents].T
+        answers = torch.zeros_like(scores, dtype=torch.bool)
+        there = (of_query >= some.start) & (of_query < some.stop)
+        answers[of_query[there] - some.start, np.searchsorted(documents, positives[there])] = True
+        best = scores.masked_fill(~answers, -torch.inf).max(dim=1, keepdim=True).values
+        ranks = 1 + ((scores > best) & ~answers).sum(dim=1)
+        total += float((1 / ranks).where(ranks <= MRR_DEPTH, torch.zeros(1, device=device)).sum())
+    return total / len(distinct)

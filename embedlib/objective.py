@@ -1,0 +1,241 @@
+"""What a contrastive stage asks of the vectors of a batch: a weighted sum of losses, at one or several prefixes.
+
+Teachers, guides and the frozen base come in as cached vectors of the batch's texts, so that no other model is at work
+while one is trained.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import Field, model_validator
+from torch import nn
+from torch.nn import functional
+
+from embedlib.config import Config
+from embedlib.losses import (
+    Against,
+    cosent,
+    info_nce,
+    likely_positives,
+    margin_mse,
+    score_divergence,
+    squared_error,
+    triplet,
+)
+
+Direction = Literal["query_to_document", "document_to_query", "query_to_query", "document_to_document"]
+NO_TEXT = -1
+
+
+class InfoNCEConfig(Config):
+    """Cross entropy of the positive among the batch's other documents, or texts."""
+
+    weight: float = Field(default=1.0, ge=0)
+    """Weight; 0 leaves it out."""
+    temperature: float = Field(default=0.05, gt=0)
+    """What cosines are divided by: smaller ones look at the hardest negatives."""
+    directions: list[Direction] = Field(default=["query_to_document"], min_length=1)
+    """What is told apart from what; with document_to_query the loss is symmetric."""
+    partition: Literal["joint", "separate"] = "joint"
+    """All directions in one denominator, or a cross entropy each."""
+
+
+class GuideConfig(Config):
+    """Negatives that a guide model takes for answers do not count (GISTEmbed)."""
+
+    margin: float = 0.0
+    """How far below the positive the guide must rate a negative."""
+    kind: Literal["absolute", "relative"] = "absolute"
+    """Whether the margin is a cosine or a share of the positive's."""
+
+
+class DistilConfig(Config):
+    """Squared distance to a teacher's unit vectors."""
+
+    weight: float = Field(default=0.0, ge=0)
+    """Weight; 0 leaves it out."""
+    two_views: bool = False
+    """The teacher's vector of the query is the target of the positive as well, which translates it."""
+
+
+class TripletConfig(Config):
+    """The positive nearer than each of the row's own negatives, by a margin."""
+
+    weight: float = Field(default=0.0, ge=0)
+    """Weight; 0 leaves it out."""
+    margin: float = Field(default=0.2, gt=0)
+    """By how much, in cosine."""
+
+
+class ScoresConfig(Config):
+    """A teacher's scores of positive and negatives."""
+
+    margin_mse: float = Field(default=0.0, ge=0)
+    """Weight of the squared error of gaps between positive and negatives."""
+    divergence: float = Field(default=0.0, ge=0)
+    """Weight of the KL divergence from the teacher's distribution."""
+    temperature: float = Field(default=0.05, gt=0)
+    """What both sides' scores are divided by in the divergence."""
+
+
+class CoSENTConfig(Config):
+    """Pairs ranked by their labels."""
+
+    weight: float = Field(default=0.0, ge=0)
+    """Weight; 0 leaves it out."""
+    temperature: float = Field(default=0.05, gt=0)
+    """What cosines are divided by."""
+
+
+class ObjectiveConfig(Config):
+    """A weighted sum of losses."""
+
+    info_nce: InfoNCEConfig = InfoNCEConfig()
+    """Contrast within the batch."""
+    guide: GuideConfig | None = None
+    """Which negatives of it do not count; needs a guide model."""
+    triplet: TripletConfig = TripletConfig()
+    """Contrast within the row."""
+    distil: DistilConfig = DistilConfig()
+    """Nearness to a teacher; needs a teacher model."""
+    anchor: float = Field(default=0.0, ge=0)
+    """Weight of 1 − cosine to the model as it was before this stage."""
+    scores: ScoresConfig = ScoresConfig()
+    """Nearness to scores; needs a dataset with scores."""
+    cosent: CoSENTConfig = CoSENTConfig()
+    """Order by labels; needs a dataset with labels."""
+    dimensions: list[int] = Field(default_factory=list)
+    """Prefixes of the vectors for which all of it holds, the whole included (matryoshka, arXiv:2205.13147); none: the
+    whole alone."""
+
+    @model_validator(mode="after")
+    def _has_a_term(self) -> "ObjectiveConfig":
+        weights = [self.info_nce.weight, self.triplet.weight, self.distil.weight, self.anchor, self.cosent.weight]
+        if not any([*weights, self.scores.margin_mse, self.scores.divergence]):
+            raise ValueError("every weight is 0; expected at least one loss")
+        return self
+
+
+class Samples(NamedTuple):
+    """A batch: which of its texts belong together, and what is known of them. A text stands in it once."""
+
+    queries: torch.Tensor
+    """(samples,) number of the query's text."""
+    positives: torch.Tensor
+    """(samples,)."""
+    negatives: torch.Tensor
+    """(samples, most negatives of a sample), `NO_TEXT` where there are fewer."""
+    scores: torch.Tensor | None = None
+    """(samples, 1 + most negatives) a teacher's, positive first, −inf where there is no negative."""
+    labels: torch.Tensor | None = None
+    """(samples,) how like query and positive are."""
+    guide: torch.Tensor | None = None
+    """(texts, guide dim) vectors of a guide."""
+    teacher: torch.Tensor | None = None
+    """(texts, teacher dim) vectors of a teacher."""
+    base: torch.Tensor | None = None
+    """(texts, dim) vectors of the model before this stage."""
+
+
+class Objective(nn.Module):
+    """The losses of a configuration; its weights are the projections to a teacher of another width."""
+
+    def __init__(self, config: ObjectiveConfig, embedding_dim: int, teacher_dim: int | None = None) -> None:
+        """`teacher_dim` is needed where there is a teacher."""
+        super().__init__()
+        self.config = config
+        self.dimensions = sorted({*config.dimensions, embedding_dim}, reverse=True)
+        # A teacher of another width has other prefixes than the student: each of these has a map of its own.
+        self.projections = nn.ModuleDict(
+            {str(dim): nn.Linear(dim, teacher_dim, bias=False) for dim in self.dimensions}
+            if teacher_dim not in (None, embedding_dim) and config.distil.weight
+            else {}
+        )
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether rows cannot be cut: CoSENT compares all pairs."""
+        return self.config.cosent.weight > 0
+
+    def forward(self, vectors: torch.Tensor, samples: Samples, rows: slice) -> torch.Tensor:
+        """Losses (len(rows),) of those samples, from the pooled vectors (texts, dim) of the whole batch."""
+        losses = [self._at(dim, vectors[:, :dim], samples, rows) for dim in self.dimensions]
+        return torch.stack(losses).mean(dim=0)
+
+    def _at(self, dim: int, vectors: torch.Tensor, samples: Samples, rows: slice) -> torch.Tensor:
+        config, unit = self.config, functional.normalize(vectors, dim=-1)
+        queries, positives = samples.queries[rows], samples.positives[rows]
+        positive = (unit[queries] * unit[positives]).sum(dim=-1)
+        total = unit.new_zeros(len(queries))
+        if config.info_nce.weight:
+            total = total + config.info_nce.weight * self._info_nce(unit, positive, samples, rows)
+        if config.triplet.weight:
+            negatives = _own_negatives(unit, samples, rows)
+            total = total + config.triplet.weight * triplet(positive, negatives, config.triplet.margin)
+        if config.distil.weight:
+            total = total + config.distil.weight * self._distil(dim, unit, samples, rows)
+        if config.anchor:
+            distance = 1 - (unit * functional.normalize(_required(samples.base, "base")[:, :dim], dim=-1)).sum(dim=-1)
+            total = total + config.anchor * (distance[queries] + distance[positives]) / 2
+        if config.scores.margin_mse or config.scores.divergence:
+            scores = torch.cat([positive[:, None], _own_negatives(unit, samples, rows)], dim=1)
+            teacher = _required(samples.scores, "scores")[rows]
+            total = total + config.scores.margin_mse * margin_mse(scores, teacher)
+            total = total + config.scores.divergence * score_divergence(scores, teacher, config.scores.temperature)
+        if config.cosent.weight:
+            every = (unit[samples.queries] * unit[samples.positives]).sum(dim=-1)
+            labels = _required(samples.labels, "labels")
+            total = total + config.cosent.weight * cosent(every, labels, config.cosent.temperature)
+        return total
+
+    def _info_nce(self, unit: torch.Tensor, positive: torch.Tensor, samples: Samples, rows: slice) -> torch.Tensor:
+        config = self.config.info_nce
+        documents = torch.cat([samples.positives, samples.negatives[samples.negatives != NO_TEXT]]).unique()
+        own_query = torch.arange(rows.start, rows.start + len(positive), device=unit.device)
+        own_document = torch.searchsorted(documents, samples.positives[rows])
+        sides = {
+            "query_to_document": (samples.queries, documents, own_document),
+            "document_to_query": (samples.positives, samples.queries, own_query),
+            "query_to_query": (samples.queries, samples.queries, own_query),
+            "document_to_document": (samples.positives, documents, own_document),
+        }
+        against = []
+        for direction in config.directions:
+            left, right, own = sides[direction]
+            masked = self._masked(left[rows], right, samples, rows) if self.config.guide else None
+            against.append(Against(unit[left[rows]] @ unit[right].T, own, masked))
+        return info_nce(positive, against, config.temperature, config.partition)
+
+    def _masked(self, left: torch.Tensor, right: torch.Tensor, samples: Samples, rows: slice) -> torch.Tensor:
+        config = self.config.guide or GuideConfig()
+        rating = functional.normalize(_required(samples.guide, "guide"), dim=-1)
+        positive = (rating[samples.queries[rows]] * rating[samples.positives[rows]]).sum(dim=-1)
+        return likely_positives(positive, rating[left] @ rating[right].T, config.margin, config.kind)
+
+    def _distil(self, dim: int, unit: torch.Tensor, samples: Samples, rows: slice) -> torch.Tensor:
+        teacher = _required(samples.teacher, "teacher")
+        queries, positives = samples.queries[rows], samples.positives[rows]
+        losses = []
+        for texts, targets in ((queries, queries), (positives, queries if self.config.distil.two_views else positives)):
+            student = unit[texts]
+            if str(dim) in self.projections:
+                student = functional.normalize(self.projections[str(dim)](student), dim=-1)
+                target = teacher[targets]
+            else:
+                target = teacher[targets][:, :dim]
+            # A prefix of a unit vector is none: it is normalised anew at each width.
+            losses.append(squared_error(student, functional.normalize(target, dim=-1)))
+        return torch.stack(losses).mean(dim=0)
+
+
+def _own_negatives(unit: torch.Tensor, samples: Samples, rows: slice) -> torch.Tensor:
+    """Cosines (rows, most negatives) of queries and their own negatives, −inf where there are fewer."""
+    negatives = samples.negatives[rows]
+    cosines = torch.einsum("sd,snd->sn", unit[samples.queries[rows]], unit[negatives.clamp(min=0)])
+    return cosines.masked_fill(negatives == NO_TEXT, -torch.inf)
+
+
+def _required(values: torch.Tensor | None, name: str) -> torch.Tensor:
+    if values is None:
+        raise ValueError(f"the objective needs {name}; the samples have none")
+    return values

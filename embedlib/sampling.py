@@ -1,0 +1,84 @@
+"""Which samples of several datasets make each batch: all of one group, no text twice, every sample once an epoch.
+
+A group is what may be contrasted with each other: a dataset, or one language pair of it. Batches that mix them give
+negatives that are told apart by language or style alone.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+NO_TEXT = -1
+# Where many samples share a text a batch may stay short: it is not worth looking through all of them.
+MOST_PASSED_OVER = 8
+
+
+class BatchPlan(NamedTuple):
+    """The batches of every epoch, as a function of the seed alone: neither processes nor resuming change them."""
+
+    groups: npt.NDArray[np.int64]
+    """(samples,) which group each sample is of."""
+    texts: npt.NDArray[np.int64]
+    """(samples, texts) what makes two samples twins that cannot share a batch, by number; `NO_TEXT`: nothing."""
+    shares: npt.NDArray[np.float64]
+    """(groups,) how often an epoch goes through each group's samples; 1: once."""
+    batch_size: int
+    seed: int
+
+    def epoch(self, number: int) -> list[npt.NDArray[np.int64]]:
+        """Sample numbers of each batch of an epoch, groups in an order of chance."""
+        batches: list[npt.NDArray[np.int64]] = []
+        for group, share in enumerate(self.shares):
+            samples = self._drawn(np.flatnonzero(self.groups == group), share, number)
+            batches += self._without_twins(samples)
+        order = np.random.default_rng([self.seed, number]).permutation(len(batches))
+        return [batches[place] for place in order]
+
+    def _drawn(self, samples: npt.NDArray[np.int64], share: float, epoch: int) -> npt.NDArray[np.int64]:
+        """`share` times the group's samples, from an endless run of shuffles that each epoch goes on with."""
+        size = len(samples)
+        if not size:
+            return samples
+        first, last = round(epoch * share * size), round((epoch + 1) * share * size)
+        rounds = range(first // size, -(-last // size))
+        shuffled = [np.random.default_rng([self.seed, int(samples[0]), turn]).permutation(samples) for turn in rounds]
+        return np.concatenate([*shuffled, samples[:0]])[first - rounds.start * size : last - rounds.start * size]
+
+    def _without_twins(self, samples: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.int64]]:
+        """The samples in batches; one that shares a text with its batch waits for a later one."""
+        num_batches = max(1, round(len(samples) / self.batch_size))
+        sizes = [len(part) for part in np.array_split(samples, num_batches)]
+        waiting: list[int] = []
+        ahead = iter(samples.tolist())
+        while sizes or waiting:
+            size = sizes.pop(0) if sizes else min(len(waiting), self.batch_size)
+            batch: list[int] = []
+            seen: set[int] = set()
+            left: list[int] = []
+            candidates = iter(waiting)
+            while len(batch) < size and len(left) < MOST_PASSED_OVER * size:
+                sample = next(candidates, None)
+                if sample is None and (sample := next(ahead, None)) is None:
+                    break
+                texts = set(self.texts[sample].tolist()) - {NO_TEXT}
+                if seen.isdisjoint(texts):
+                    batch.append(sample)
+                    seen |= texts
+                else:
+                    left.append(sample)
+            waiting = [*left, *candidates]
+            if batch:
+                yield np.array(batch)
+
+
+def temperature_shares(
+    sizes: npt.NDArray[np.int64], weights: npt.NDArray[np.float64], temperature: float
+) -> npt.NDArray[np.float64]:
+    """How often an epoch goes through each group, so that it is drawn by weight · size**temperature, (groups,).
+
+    An epoch has as many samples as all groups together. At temperature 1 and equal weights every sample comes once.
+    """
+    drawn = weights * sizes.astype(np.float64) ** temperature
+    return np.asarray(drawn / drawn.sum() * sizes.sum() / sizes)

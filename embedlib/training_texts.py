@@ -1,0 +1,262 @@
+"""Datasets of queries, positives and negatives, as numbered texts and the samples they make up.
+
+Parquet of pairs, triplets or graded pairs, and what jobs/mine.py writes, are all read as one: a sample is a query, a
+positive and any number of negatives. A text is told from another by its prompt as well, since the model is.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field
+
+from embedlib.config import Config
+from embedlib.errors import DataError
+from embedlib.objective import NO_TEXT
+from embedlib.sources import ColumnsConfig, Part, Rejected, check_texts, input_files, is_parquet, open_parquet
+
+READ_ROWS = 65536
+
+
+class TrainingData(Config):
+    """A dataset of a contrastive stage."""
+
+    path: str
+    """Parquet, or what jobs/mine.py wrote: a file, directory or glob."""
+    query: str = "query"
+    """Column of what is asked, or of one side of a symmetric pair."""
+    positive: str = "positive"
+    """Column of what answers it: a text, or a list of texts that makes a sample each."""
+    negatives: str | None = None
+    """Column of what does not: a text or a list of texts."""
+    max_negatives: int = Field(default=7, ge=1)
+    """So many of a list's first are taken."""
+    positive_scores: str | None = None
+    """Column of a teacher's score of positive, or a list of them."""
+    negative_scores: str | None = None
+    """Column of a teacher's scores of negatives, a list as long as theirs."""
+    label: str | None = None
+    """Column of how like query and positive are, for CoSENT."""
+    lang: str | None = None
+    """Column whose values make groups that are not mixed in a batch: a language, or a pair of them."""
+    query_prompt: str | None = "query"
+    """Name of the prompt before queries; null: none."""
+    document_prompt: str | None = "document"
+    """Name of the prompt before positives and negatives; a symmetric dataset has that of its queries."""
+    weight: float = Field(default=1.0, gt=0)
+    """How much more often an epoch goes through it than through others."""
+    max_rows: int | None = Field(default=None, ge=1)
+    """So many of its first rows are read."""
+
+
+class TrainingTexts(NamedTuple):
+    """All samples of several datasets."""
+
+    texts: dict[str | None, pa.Array]
+    """Distinct texts by the name of their prompt; numbers go on from one to the next."""
+    samples: npt.NDArray[np.int64]
+    """(samples, 2 + most negatives) query, positive and negatives by number, `NO_TEXT` where there are fewer."""
+    groups: npt.NDArray[np.int64]
+    """(samples,)."""
+    group_names: list[str]
+    weights: npt.NDArray[np.float64]
+    """(groups,)."""
+    scores: npt.NDArray[np.float32] | None
+    """(samples, 1 + most negatives) −inf where there is no negative; none where a dataset has no scores."""
+    labels: npt.NDArray[np.float32] | None
+    """(samples,); none where a dataset has no labels."""
+    rejected: list[Rejected]
+
+
+class _Rows(NamedTuple):
+    """Some rows of one dataset, its lists laid flat."""
+
+    data: TrainingData
+    queries: pa.Array
+    positives: pa.Array
+    negatives: pa.Array
+    counts: npt.NDArray[np.int64]
+    """Negatives of each row."""
+    scores: npt.NDArray[np.float32] | None
+    """Of positive and negatives of each row, end to end, (rows + negatives,) with positives first."""
+    labels: npt.NDArray[np.float32] | None
+    groups: list[str]
+
+
+def read_training_texts(datasets: Sequence[TrainingData], max_characters: int) -> TrainingTexts:
+    """All datasets; DataError where a column is missing, of another type, or no row is left of a dataset."""
+    chunks: list[_Rows] = []
+    rejected: list[Rejected] = []
+    for number, data in enumerate(datasets):
+        before = len(chunks)
+        for rows, broken in _chunks(data, number, max_characters):
+            rejected += broken
+            if len(rows.queries):
+                chunks.append(rows)
+        if len(chunks) == before:
+            raise DataError(f"datasets.{number}: {data.path!r}: no row that can be used; {len(rejected)} rejected")
+    return _numbered(chunks, rejected)
+
+
+def _chunks(data: TrainingData, number: int, max_characters: int) -> Iterator[tuple[_Rows, list[Rejected]]]:
+    columns = [data.query, data.positive, data.negatives, data.positive_scores, data.negative_scores]
+    named = list(dict.fromkeys(name for name in [*columns, data.label, data.lang] if name))
+    left = data.max_rows if data.max_rows is not None else np.inf
+    for file in input_files(data.path):
+        if not is_parquet(file):
+            raise DataError(f"datasets.{number}: {file}: expected Parquet")
+        start = 0
+        parquet = open_parquet(file, ColumnsConfig(text=data.query, keep=named))
+        for batch in parquet.iter_batches(READ_ROWS, columns=named):
+            rows = pa.table(batch).slice(0, int(min(left, len(batch))))
+            left -= len(rows)
+            yield _checked(rows, data, number, Part(file.path, start, len(rows), start), max_characters)
+            start += len(rows)
+            if not left:
+                return
+
+
+def _checked(
+    rows: pa.Table, data: TrainingData, number: int, part: Part, max_characters: int
+) -> tuple[_Rows, list[Rejected]]:
+    """The rows whose query and positive can be embedded, a row for each positive; negatives that cannot are dropped."""
+    rows = rows.append_column("_row", pa.array(np.arange(len(rows))))
+    lists = [name for name in (data.positive, data.positive_scores) if name and _is_list(rows[name])]
+    if lists:
+        rows = _exploded(rows, lists)
+    texts = rows.select(["_row"])
+    usable = np.ones(len(rows), bool)
+    rejected: list[Rejected] = []
+    for column in (data.query, data.positive):
+        checked = check_texts(
+            rows.select([column]), part._replace(start=0, first_row=0), ColumnsConfig(text=column), max_characters
+        )
+        numbers = texts["_row"].to_numpy()
+        usable[[row.row for row in checked.rejected]] = False
+        rejected += [
+            row._replace(row=part.start + int(numbers[row.row]), reason=f"{column}: {row.reason}")
+            for row in checked.rejected
+        ]
+    rows = rows.filter(pa.array(usable))
+    flat, counts, kept = _negatives(rows, data, max_characters)
+    scores = None
+    if data.positive_scores:
+        positive = rows[data.positive_scores].to_numpy().astype(np.float32)
+        if data.negatives and not data.negative_scores:
+            raise DataError(
+                f"datasets.{number}.negative_scores: none; expected the column that scores {data.negatives!r}"
+            )
+        given = _flat(rows[data.negative_scores])[kept] if data.negative_scores else np.empty(0)
+        scores = np.concatenate([positive, given]).astype(np.float32)
+    labels = rows[data.label].to_numpy().astype(np.float32) if data.label else None
+    for name, values in (("scores", scores), ("label", labels)):
+        if values is not None and not np.isfinite(values).all():
+            raise DataError(f"datasets.{number}: {part.file}: {name} that are not finite numbers")
+    langs = rows[data.lang].to_pylist() if data.lang else [""] * len(rows)
+    groups = [f"{number}:{lang}" for lang in langs]
+    return _Rows(
+        data, _text(rows[data.query]), _text(rows[data.positive]), flat, counts, scores, labels, groups
+    ), rejected
+
+
+def _negatives(
+    rows: pa.Table, data: TrainingData, max_characters: int
+) -> tuple[pa.Array, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Negatives end to end, how many each row has, and where those stand in the column laid flat."""
+    if data.negatives is None:
+        return pa.array([], pa.large_string()), np.zeros(len(rows), np.int64), np.empty(0, np.int64)
+    column = rows[data.negatives]
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy() if _is_list(column) else np.ones(len(rows), int)
+    flat = _text(pc.list_flatten(column)) if _is_list(column) else _text(column)
+    owners = np.repeat(np.arange(len(rows)), lengths)
+    places = np.arange(len(owners)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    length = pc.utf8_length(pc.utf8_trim_whitespace(flat))
+    usable = pc.fill_null(pc.and_(pc.greater(length, 0), pc.less_equal(length, max_characters)), False).to_numpy(False)
+    kept = np.flatnonzero(usable & (places < data.max_negatives))
+    return flat.take(pa.array(kept)), np.bincount(owners[kept], minlength=len(rows)), kept
+
+
+def _exploded(rows: pa.Table, lists: list[str]) -> pa.Table:
+    """A row for each element of the list columns, which are equally long."""
+    owners = pc.list_parent_indices(rows[lists[0]].combine_chunks())
+    others = rows.drop_columns(lists).take(owners)
+    for name in lists:
+        others = others.append_column(name, pc.list_flatten(rows[name].combine_chunks()))
+    return others
+
+
+def _numbered(chunks: list[_Rows], rejected: list[Rejected]) -> TrainingTexts:
+    """Number the distinct texts of each prompt."""
+    sides = [
+        (
+            each.data.query_prompt,
+            each.queries,
+            each.data.document_prompt,
+            pa.concat_arrays([each.positives, each.negatives]),
+        )
+        for each in chunks
+    ]
+    texts: dict[str | None, pa.Array] = {}
+    numbers: dict[str | None, list[npt.NDArray[np.int64]]] = {}
+    first = 0
+    for prompt in dict.fromkeys(name for query, _, document, _ in sides for name in (query, document)):
+        arrays = [
+            array
+            for query, queries, document, documents in sides
+            for name, array in ((query, queries), (document, documents))
+            if name == prompt
+        ]
+        encoded = pa.chunked_array(arrays).combine_chunks().dictionary_encode()
+        texts[prompt] = encoded.dictionary
+        indices = encoded.indices.to_numpy().astype(np.int64) + first
+        numbers[prompt] = np.split(indices, np.cumsum([len(array) for array in arrays])[:-1])
+        first += len(encoded.dictionary)
+    samples, scores = [], []
+    most = max(int(each.counts.max(initial=0)) for each in chunks)
+    for each in chunks:
+        queries = numbers[each.data.query_prompt].pop(0)
+        documents = numbers[each.data.document_prompt].pop(0)
+        samples.append(np.concatenate([queries[:, None], _padded(documents, each.counts, most, NO_TEXT)], axis=1))
+        if each.scores is not None:
+            scores.append(_padded(each.scores, each.counts, most, -np.inf))
+    names = list(dict.fromkeys(name for each in chunks for name in each.groups))
+    number_of = {name: number for number, name in enumerate(names)}
+    weights = {name: each.data.weight for each in chunks for name in each.groups}
+    labels = [each.labels for each in chunks if each.labels is not None]
+    return TrainingTexts(
+        texts,
+        np.concatenate(samples),
+        np.array([number_of[name] for each in chunks for name in each.groups]),
+        names,
+        np.array([weights[name] for name in names]),
+        np.concatenate(scores) if len(scores) == len(chunks) else None,
+        np.concatenate(labels) if len(labels) == len(chunks) else None,
+        rejected,
+    )
+
+
+def _padded(
+    flat: npt.NDArray[np.generic], counts: npt.NDArray[np.int64], most: int, fill: float
+) -> npt.NDArray[np.generic]:
+    """Positives, then all rows' negatives end to end, as (rows, 1 + most)."""
+    table = np.full((len(counts), 1 + most), fill, flat.dtype)
+    table[:, 0] = flat[: len(counts)]
+    table[:, 1:][np.arange(most) < counts[:, None]] = flat[len(counts) :]
+    return table
+
+
+def _is_list(column: pa.ChunkedArray) -> bool:
+    return bool(pa.types.is_list(column.type) or pa.types.is_large_list(column.type))
+
+
+def _text(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    joined = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    return joined.cast(pa.large_string())
+
+
+def _flat(column: pa.ChunkedArray) -> npt.NDArray[np.float32]:
+    values = pc.list_flatten(column) if _is_list(column) else column
+    return np.asarray(values.to_numpy(), np.float32)

@@ -1,0 +1,208 @@
+"""Merge models trained from one base: `python jobs/merge.py --base B --models '["M1", "M2"]' --output merged`.
+
+`--method self_positioning` finds the weights by SGD on a probe set of several tasks: `--probe '[{"path": …}, …]'`, as
+jobs/train.py takes datasets. All other methods take the weights given, or equal ones.
+"""
+
+from jobs.cli import run_job  # isort: skip (takes jobs/ off sys.path before any library is imported)
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+import torch
+from pydantic import Field, model_validator
+
+from embedlib.artifact import fingerprint, is_finished, model_fingerprint, new_artifact
+from embedlib.config import Config
+from embedlib.contrastive import ContrastiveConfig, contrast, load_encoder, start_contrast
+from embedlib.dataset import ContrastiveSet
+from embedlib.distillation import load_student, write_trained
+from embedlib.errors import ConfigError
+from embedlib.merging import SelfPositioning, Weights, linear, slerp, task_arithmetic, ties
+from embedlib.pretrained import pretrained_directory
+from embedlib.training import OptimizerConfig
+from embedlib.training_texts import TrainingData
+from jobs.runtime import Progress, artifacts_directory, connect
+from jobs.train import TrainConfig, make_dataset, make_texts
+
+TOKENIZER = "tokenizer.json"
+
+
+class ProbeConfig(Config):
+    """How Self Positioning searches."""
+
+    data: list[TrainingData] = Field(default_factory=list)
+    """Samples of the tasks that the merged model is for; few thousand are enough."""
+    training: ContrastiveConfig = ContrastiveConfig(
+        batch_size=64, optimizer=OptimizerConfig(learning_rate=0.02, max_grad_norm=1e9)
+    )
+    """Objective, batches and steps of the search; the learning rate is that of the merge weights."""
+
+
+class MergeConfig(Config):
+    """Which models are merged, and how."""
+
+    output: Path
+    """Directory of the merged model; a relative one lies below $EMBEDLIB_ARTIFACTS, else below ./artifacts."""
+    models: list[str] = Field(min_length=2)
+    """Hub ids or directories."""
+    base: str | None = None
+    """What all of them were trained from; task arithmetic, TIES and Self Positioning need it."""
+    method: Literal["linear", "task_arithmetic", "slerp", "ties", "self_positioning"] = "linear"
+    """How weights are put together."""
+    weights: list[float] | None = None
+    """One for each model; none: equal ones that add up to 1, and for TIES 1 each. SLERP takes the second's."""
+    density: float = Field(default=0.2, gt=0, le=1)
+    """Share of each task vector's largest entries that TIES keeps."""
+    probe: ProbeConfig = ProbeConfig()
+    """What Self Positioning searches with."""
+
+    @model_validator(mode="after")
+    def _method_has_what_it_needs(self) -> Self:
+        if self.method in ("task_arithmetic", "ties", "self_positioning") and self.base is None:
+            raise ValueError(f"base: none; expected what the models were trained from, for {self.method}")
+        if self.method == "slerp" and len(self.models) != 2:
+            raise ValueError(f"models: {len(self.models)}; SLERP takes two")
+        if self.weights is not None and len(self.weights) != len(self.models):
+            raise ValueError(f"weights: {len(self.weights)}; expected one for each of {len(self.models)} models")
+        if self.method == "self_positioning" and not self.probe.data:
+            raise ValueError("probe.data: none; Self Positioning searches on it")
+        return self
+
+    @property
+    def directory(self) -> Path:
+        """Where the merged model lies."""
+        return artifacts_directory() / self.output
+
+
+class Sources(NamedTuple):
+    """What is merged."""
+
+    directories: list[Path]
+    models: list[Weights]
+    base: Weights | None
+    base_directory: Path | None
+
+
+def merge(config: MergeConfig) -> Path:
+    """The directory of the merged model, made unless it is finished."""
+    directories = [pretrained_directory(model) for model in config.models]
+    base_directory = pretrained_directory(config.base) if config.base else None
+    every = [*directories, *([base_directory] if base_directory else [])]
+    marks = [model_fingerprint(directory) for directory in every]
+    probe = make_probe(config, every[-1]) if config.method == "self_positioning" else None
+    values = config.model_dump(mode="json", exclude={"output", "models", "base"})
+    mark = fingerprint(models=marks, config=values)
+    target = config.directory / "model" if probe else config.directory
+    if is_finished(target, mark):
+        return target
+    require_same_tokenizer(every)
+    models = [weights_of(directory) for directory in directories]
+    base = weights_of(base_directory) if base_directory else None
+    require_same_shapes(every, [*models, *([base] if base else [])])
+    parents = {f"model_{number}": each for number, each in enumerate(marks)}
+    with new_artifact(target, "model", mark, parents=parents, config=config.model_dump(mode="json")) as (
+        scratch,
+        found,
+    ):
+        if probe:
+            merged, found["weights"] = self_positioned(config, every[-1], base or {}, models, probe)
+        else:
+            merged = combined(config, base or {}, models)
+        write_trained(scratch, every[-1], merged)
+    return target
+
+
+def combined(config: MergeConfig, base: Weights, models: Sequence[Weights]) -> Weights:
+    """Merged by a method that needs no data."""
+    equal = [1 / len(models)] * len(models)
+    match config.method:
+        case "task_arithmetic":
+            return task_arithmetic(base, models, config.weights or equal)
+        case "slerp":
+            return slerp(models[0], models[1], (config.weights or equal)[1])
+        case "ties":
+            return ties(base, models, config.weights or [1.0] * len(models), config.density)
+        case _:
+            return linear(models, config.weights or equal)
+
+
+def make_probe(config: MergeConfig, base: Path) -> ContrastiveSet:
+    """The probe set, tokenised for the base."""
+    job = TrainConfig(
+        output=config.output / "probe",
+        model=str(base),
+        datasets=config.probe.data,
+        training=config.probe.training,
+        validation_share=0.001,
+    )
+    return ContrastiveSet.open(make_dataset(job, {"model": base}, {"model": model_fingerprint(base)}, make_texts(job)))
+
+
+def self_positioned(
+    config: MergeConfig, base_directory: Path, base: Weights, models: Sequence[Weights], probe: ContrastiveSet
+) -> tuple[Weights, list[float]]:
+    """Weights after the search, and the merge weights it found."""
+    training = config.probe.training
+    model = load_encoder(base_directory, torch.device("cpu"), training)
+    state = start_contrast(model, probe, training)
+    optimizer = SelfPositioning(dict(model.named_parameters()), base, models, training.optimizer.learning_rate)
+    state.optimizer = optimizer
+    progress = Progress("position", state.total_steps, "steps")
+    for step in contrast(state, probe, training):
+        at = ", ".join(f"{weight:.3f}" for weight in optimizer.weights.tolist())
+        progress.update(step.step, f"loss {step.result.loss:.4f} · weights {at}")
+    return dict(model.state_dict()), optimizer.weights.tolist()
+
+
+def weights_of(directory: Path) -> Weights:
+    """The float32 weights of a model directory by name."""
+    return {
+        name: parameter.detach() for name, parameter in load_student(directory, torch.device("cpu")).named_parameters()
+    }
+
+
+def require_same_tokenizer(directories: Sequence[Path]) -> None:
+    """ConfigError that says how tokenizers differ: a row of the embedding table must mean the same piece everywhere."""
+    first, *others = (json.loads((directory / TOKENIZER).read_text())["model"] for directory in directories)
+    for directory, other in zip(directories[1:], others, strict=True):
+        if first.get("type") != other.get("type"):
+            raise ConfigError(
+                f"models: {directory} has a {other.get('type')} tokenizer; {directories[0]} {first.get('type')}"
+            )
+        here, there = pieces(first), pieces(other)
+        if len(here) != len(there):
+            raise ConfigError(f"models: {directory} has {len(there):,} pieces; {directories[0]} {len(here):,}")
+        for number, (a, b) in enumerate(zip(here, there, strict=True)):
+            if a != b:
+                raise ConfigError(f"models: piece {number} of {directory} is {b!r}; of {directories[0]} {a!r}")
+
+
+def pieces(model: dict[str, Any]) -> list[Any]:
+    """The pieces of a tokenizer file's model in the order of their ids."""
+    vocab = model["vocab"]
+    return sorted(vocab, key=vocab.__getitem__) if isinstance(vocab, dict) else [tuple(piece) for piece in vocab]
+
+
+def require_same_shapes(directories: Sequence[Path], models: Sequence[Weights]) -> None:
+    """ConfigError that names the first weights that do not fit."""
+    for directory, model in zip(directories[1:], models[1:], strict=True):
+        for name in models[0].keys() | model.keys():
+            here, there = (tuple(each[name].shape) if name in each else None for each in (models[0], model))
+            if here != there:
+                raise ConfigError(f"models: {name} of {directory} is {there}; of {directories[0]} {here}")
+
+
+def main(config: MergeConfig) -> Path:
+    """Merge, on a cluster where a probe set has to be prepared."""
+    if config.method == "self_positioning":
+        connect()
+    directory = merge(config)
+    print(f"model: {directory}")
+    return directory
+
+
+if __name__ == "__main__":
+    run_job(MergeConfig, main)

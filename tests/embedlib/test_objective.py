@@ -1,0 +1,107 @@
+import pytest
+import torch
+from pydantic import ValidationError
+from torch.nn import functional
+
+from embedlib.objective import Objective, ObjectiveConfig, Samples
+
+# Two samples over six texts: queries 0 and 1, positives 2 and 3, negatives 4, 5 and 4.
+SAMPLES = Samples(torch.tensor([0, 1]), torch.tensor([2, 3]), torch.tensor([[4, 5], [4, -1]]))
+VECTORS = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+WHOLE = slice(0, 2)
+
+
+def objective(**values: object) -> Objective:
+    return Objective(ObjectiveConfig.model_validate(values), 8, 5 if values.pop("narrow", None) else None)
+
+
+def cosines(dim: int = 8) -> torch.Tensor:
+    unit = functional.normalize(VECTORS[:, :dim], dim=-1)
+    return unit @ unit.T
+
+
+def expected_info_nce(dim: int = 8, temperature: float = 0.05) -> torch.Tensor:
+    return functional.cross_entropy(cosines(dim)[:2, 2:] / temperature, torch.tensor([0, 1]), reduction="none")
+
+
+def test_every_document_of_the_batch_is_a_negative_once() -> None:
+    torch.testing.assert_close(objective()(VECTORS, SAMPLES, WHOLE), expected_info_nce())
+
+
+def test_rows_can_be_cut() -> None:
+    whole = objective(dimensions=[4], anchor=0.5)
+    samples = SAMPLES._replace(base=torch.flip(VECTORS, [0]))
+    parts = [whole(VECTORS, samples, slice(row, row + 1)) for row in range(2)]
+    torch.testing.assert_close(torch.cat(parts), whole(VECTORS, samples, WHOLE))
+
+
+def test_matryoshka_is_the_mean_over_prefixes() -> None:
+    found = objective(dimensions=[4, 2])(VECTORS, SAMPLES, WHOLE)
+    torch.testing.assert_close(found, (expected_info_nce(8) + expected_info_nce(4) + expected_info_nce(2)) / 3)
+
+
+def test_a_guide_masks_and_by_nothing_it_is_plain() -> None:
+    rating = torch.zeros(6, 3)
+    rating[[0, 2, 4], 0] = 1  # the guide takes text 4 for an answer of query 0 as well
+    rating[[1, 3], 1] = rating[5, 2] = 1
+    guided = objective(guide={"margin": 0.1})(VECTORS, SAMPLES._replace(guide=rating), WHOLE)
+    scores = cosines()[0, [2, 3, 5]] / 0.05
+    torch.testing.assert_close(guided[0], functional.cross_entropy(scores[None], torch.tensor([0])))
+    torch.testing.assert_close(guided[1], expected_info_nce()[1])
+    never = objective(guide={"margin": -2})(VECTORS, SAMPLES._replace(guide=rating), WHOLE)
+    torch.testing.assert_close(never, expected_info_nce())
+
+
+def test_two_views_have_the_query_s_vector_for_target() -> None:
+    teacher = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
+    settings = {"info_nce": {"weight": 0}, "distil": {"weight": 1, "two_views": True}, "dimensions": [4]}
+    found = objective(**settings)(VECTORS, SAMPLES._replace(teacher=teacher), WHOLE)
+    total = torch.zeros(2)
+    for dim in (8, 4):
+        student, target = (functional.normalize(each[:, :dim], dim=-1) for each in (VECTORS, teacher))
+        for texts in ([0, 1], [2, 3]):
+            total += (student[texts] - target[[0, 1]]).square().sum(-1) / 4
+    torch.testing.assert_close(found, total)
+
+
+def test_a_teacher_of_another_width_has_a_projection_a_prefix() -> None:
+    settings = ObjectiveConfig.model_validate({"info_nce": {"weight": 0}, "distil": {"weight": 1}, "dimensions": [4]})
+    module = Objective(settings, 8, teacher_dim=5)
+    assert {name: weight.shape for name, weight in module.named_parameters()} == {
+        "projections.8.weight": (5, 8),
+        "projections.4.weight": (5, 4),
+    }
+    module(VECTORS, SAMPLES._replace(teacher=torch.randn(6, 5)), WHOLE).sum().backward()
+    assert all(weight.grad is not None and weight.grad.any() for weight in module.parameters())
+
+
+def test_the_anchor_is_nothing_where_nothing_moved() -> None:
+    anchored = objective(info_nce={"weight": 0}, anchor=2.0)
+    torch.testing.assert_close(
+        anchored(VECTORS, SAMPLES._replace(base=3 * VECTORS), WHOLE), torch.zeros(2), atol=1e-6, rtol=0
+    )
+    torch.testing.assert_close(anchored(VECTORS, SAMPLES._replace(base=-VECTORS), WHOLE), torch.full((2,), 4.0))
+
+
+def test_own_negatives_and_scores() -> None:
+    teacher = torch.tensor([[0.9, 0.2, 0.1], [0.8, 0.3, -torch.inf]])
+    settings = {"info_nce": {"weight": 0}, "triplet": {"weight": 1.0}, "scores": {"margin_mse": 1.0}}
+    found = objective(**settings)(VECTORS, SAMPLES._replace(scores=teacher), WHOLE)
+    table = cosines()
+    expected = []
+    for query, positive, negatives in ((0, 2, [4, 5]), (1, 3, [4])):
+        hinge = [max(0.0, 0.2 - float(table[query, positive]) + float(table[query, n])) for n in negatives]
+        gaps = [
+            (float(table[query, positive] - table[query, n]) - float(teacher[query, 0] - teacher[query, 1 + place]))
+            ** 2
+            for place, n in enumerate(negatives)
+        ]
+        expected.append(sum(hinge) / len(hinge) + sum(gaps) / len(gaps))
+    torch.testing.assert_close(found, torch.tensor(expected))
+
+
+def test_what_is_missing_is_named() -> None:
+    with pytest.raises(ValueError, match="needs teacher"):
+        objective(distil={"weight": 1.0})(VECTORS, SAMPLES, WHOLE)
+    with pytest.raises(ValidationError, match="every weight is 0"):
+        ObjectiveConfig.model_validate({"info_nce": {"weight": 0}})

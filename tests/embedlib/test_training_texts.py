@@ -1,0 +1,121 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from embedlib.errors import DataError
+from embedlib.training_texts import TrainingData, TrainingTexts, read_training_texts
+
+
+def written(path: Path, **columns: list[Any]) -> str:
+    pq.write_table(pa.table(columns), path)
+    return str(path)
+
+
+def spelled(found: TrainingTexts) -> list[list[str]]:
+    """Samples as texts, each with its prompt."""
+    texts = [f"{prompt}:{text}" for prompt, each in found.texts.items() for text in each.to_pylist()]
+    return [[texts[number] for number in sample if number >= 0] for sample in found.samples]
+
+
+def test_pairs_triplets_and_mined_negatives_are_one(tmp_path: Path) -> None:
+    pairs = written(tmp_path / "pairs.parquet", en=["a", "b"], xx=["A", "B"], lang=["de", "fr"])
+    triplets = written(tmp_path / "triplets.parquet", query=["a"], positive=["c"], negatives=["d"])
+    mined = written(
+        tmp_path / "mined.parquet",
+        query=["q", "r"],
+        positives=[["p", "p2"], ["A"]],
+        negatives=[["n1", "n2", "n3"], []],
+    )
+    found = read_training_texts(
+        [
+            TrainingData(path=pairs, query="en", positive="xx", lang="lang", document_prompt="query"),
+            TrainingData(path=triplets, negatives="negatives", weight=2.0),
+            TrainingData(path=mined, positive="positives", negatives="negatives", max_negatives=2),
+        ],
+        100,
+    )
+    assert spelled(found) == [
+        ["query:a", "query:A"],
+        ["query:b", "query:B"],
+        ["query:a", "document:c", "document:d"],
+        ["query:q", "document:p", "document:n1", "document:n2"],
+        ["query:q", "document:p2", "document:n1", "document:n2"],
+        ["query:r", "document:A"],
+    ]
+    assert found.group_names == ["0:de", "0:fr", "1:", "2:"]
+    assert found.groups.tolist() == [0, 1, 2, 3, 3, 3]
+    assert found.weights.tolist() == [1, 1, 2, 1]
+    assert found.scores is None
+    assert found.labels is None
+    # A text is known by its prompt: A is both a query-side text and a document.
+    assert found.samples[0, 1] != found.samples[5, 1]
+
+
+def test_scores_follow_the_negatives_that_are_kept(tmp_path: Path) -> None:
+    path = written(
+        tmp_path / "mined.parquet",
+        query=["q", "r"],
+        positives=[["p"], ["s", "t"]],
+        positive_scores=[[0.9], [0.8, 0.7]],
+        negatives=[["n1", " ", "n3"], ["n1"]],
+        negative_scores=[[0.5, 0.4, 0.3], [0.2]],
+    )
+    data = TrainingData(
+        path=path,
+        positive="positives",
+        negatives="negatives",
+        positive_scores="positive_scores",
+        negative_scores="negative_scores",
+    )
+    found = read_training_texts([data], 100)
+    assert found.scores is not None
+    np.testing.assert_allclose(found.scores, [[0.9, 0.5, 0.3], [0.8, 0.2, -np.inf], [0.7, 0.2, -np.inf]], rtol=1e-6)
+    assert [sample[2:] for sample in spelled(found)] == [
+        ["document:n1", "document:n3"],
+        ["document:n1"],
+        ["document:n1"],
+    ]
+
+
+def test_broken_rows_are_told_and_the_rest_is_kept(tmp_path: Path) -> None:
+    path = written(
+        tmp_path / "pairs.parquet",
+        query=["a", None, "c", "d", "e"],
+        positive=["A", "B", "  ", "x" * 50, "E"],
+        score=[0.1, 0.2, 0.3, 0.4, 0.5],
+    )
+    found = read_training_texts([TrainingData(path=path, label="score")], 20)
+    assert spelled(found) == [["query:a", "document:A"], ["query:e", "document:E"]]
+    assert found.labels is not None
+    np.testing.assert_allclose(found.labels, [0.1, 0.5], rtol=1e-6)
+    assert sorted((row.row, row.reason) for row in found.rejected) == [
+        (1, "query: null"),
+        (2, "positive: empty"),
+        (3, "positive: longer than 20 characters"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("columns", "settings", "message"),
+    [
+        ({"query": ["a"], "positiv": ["b"]}, {}, "no column 'positive'"),
+        ({"query": [1], "positive": ["b"]}, {}, "expected string"),
+        ({"query": [""], "positive": ["b"]}, {}, "no row that can be used; 1 rejected"),
+        ({"query": ["a"], "positive": ["b"], "s": [float("nan")]}, {"label": "s"}, "not finite"),
+        (
+            {"query": ["a"], "positive": ["b"], "n": [["c"]], "s": [0.5]},
+            {"negatives": "n", "positive_scores": "s"},
+            "negative_scores",
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_named(
+    tmp_path: Path, columns: dict[str, list[Any]], settings: dict[str, str], message: str
+) -> None:
+    path = written(tmp_path / "data.parquet", **columns)
+    with pytest.raises(DataError, match=message):
+        read_training_texts([TrainingData.model_validate({"path": path, **settings})], 100)
