@@ -5,18 +5,20 @@ positive and any number of negatives. A text is told from another by its prompt 
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from embedlib.artifact import MANIFEST_NAME
 from embedlib.config import Config
 from embedlib.errors import DataError
 from embedlib.objective import NO_TEXT
 from embedlib.sources import ColumnsConfig, Part, Rejected, check_texts, input_files, is_parquet, open_parquet
+from embedlib.storage import Store
 
 READ_ROWS = 65536
 
@@ -42,6 +44,8 @@ class TrainingData(Config):
     """Column of how like query and positive are, for CoSENT."""
     lang: str | None = None
     """Column whose values make groups that are not mixed in a batch: a language, or a pair of them."""
+    langs: list[str] | None = None
+    """Values of that column whose rows are taken; none: all."""
     query_prompt: str | None = "query"
     """Name of the prompt before queries; null: none."""
     document_prompt: str | None = "document"
@@ -49,7 +53,13 @@ class TrainingData(Config):
     weight: float = Field(default=1.0, gt=0)
     """How much more often an epoch goes through it than through others."""
     max_rows: int | None = Field(default=None, ge=1)
-    """So many of its first rows are read."""
+    """So many of its first rows that are taken."""
+
+    @model_validator(mode="after")
+    def _languages_have_a_column(self) -> Self:
+        if self.langs is not None and self.lang is None:
+            raise ValueError(f"langs: {self.langs}, but lang names no column")
+        return self
 
 
 class TrainingTexts(NamedTuple):
@@ -101,20 +111,29 @@ def read_training_texts(datasets: Sequence[TrainingData], max_characters: int) -
     return _numbered(chunks, rejected)
 
 
+def files_of(data: TrainingData) -> list[Store]:
+    """The files of a dataset: of what jobs/mine.py wrote its part files alone."""
+    is_mined = (Store.at(data.path) / MANIFEST_NAME).exists()
+    return input_files(f"{data.path}/part-*.parquet" if is_mined else data.path)
+
+
 def _chunks(data: TrainingData, number: int, max_characters: int) -> Iterator[tuple[_Rows, list[Rejected]]]:
     columns = [data.query, data.positive, data.negatives, data.positive_scores, data.negative_scores]
     named = list(dict.fromkeys(name for name in [*columns, data.label, data.lang] if name))
     left = data.max_rows if data.max_rows is not None else np.inf
-    for file in input_files(data.path):
+    for file in files_of(data):
         if not is_parquet(file):
             raise DataError(f"datasets.{number}: {file}: expected Parquet")
         start = 0
         parquet = open_parquet(file, ColumnsConfig(text=data.query, keep=named))
         for batch in parquet.iter_batches(READ_ROWS, columns=named):
-            rows = pa.table(batch).slice(0, int(min(left, len(batch))))
+            rows = pa.table(batch).append_column("_row", pa.array(np.arange(start, start + len(batch))))
+            start += len(batch)
+            if data.langs is not None:
+                rows = rows.filter(pc.is_in(rows[data.lang], pa.array(data.langs)))
+            rows = rows.slice(0, int(min(left, len(rows))))
             left -= len(rows)
-            yield _checked(rows, data, number, Part(file.path, start, len(rows), start), max_characters)
-            start += len(rows)
+            yield _checked(rows, data, number, Part(file.path, 0, len(rows), 0), max_characters)
             if not left:
                 return
 
@@ -123,22 +142,17 @@ def _checked(
     rows: pa.Table, data: TrainingData, number: int, part: Part, max_characters: int
 ) -> tuple[_Rows, list[Rejected]]:
     """The rows whose query and positive can be embedded, a row for each positive; negatives that cannot are dropped."""
-    rows = rows.append_column("_row", pa.array(np.arange(len(rows))))
     lists = [name for name in (data.positive, data.positive_scores) if name and _is_list(rows[name])]
     if lists:
         rows = _exploded(rows, lists)
-    texts = rows.select(["_row"])
+    numbers = rows["_row"].to_numpy()
     usable = np.ones(len(rows), bool)
     rejected: list[Rejected] = []
     for column in (data.query, data.positive):
-        checked = check_texts(
-            rows.select([column]), part._replace(start=0, first_row=0), ColumnsConfig(text=column), max_characters
-        )
-        numbers = texts["_row"].to_numpy()
+        checked = check_texts(rows.select([column]), part, ColumnsConfig(text=column), max_characters)
         usable[[row.row for row in checked.rejected]] = False
         rejected += [
-            row._replace(row=part.start + int(numbers[row.row]), reason=f"{column}: {row.reason}")
-            for row in checked.rejected
+            row._replace(row=int(numbers[row.row]), reason=f"{column}: {row.reason}") for row in checked.rejected
         ]
     rows = rows.filter(pa.array(usable))
     flat, counts, kept = _negatives(rows, data, max_characters)

@@ -45,7 +45,8 @@ class MergeConfig(Config):
     """Which models are merged, and how."""
 
     output: Path
-    """Directory of the merged model; a relative one lies below $EMBEDLIB_ARTIFACTS, else below ./artifacts."""
+    """Directory of the merged model, `model`, and of a probe set; a relative one lies below $EMBEDLIB_ARTIFACTS, else
+    below ./artifacts."""
     models: list[str] = Field(min_length=2)
     """Hub ids or directories."""
     base: str | None = None
@@ -73,7 +74,7 @@ class MergeConfig(Config):
 
     @property
     def directory(self) -> Path:
-        """Where the merged model lies."""
+        """Where all that is made lies."""
         return artifacts_directory() / self.output
 
 
@@ -95,7 +96,7 @@ def merge(config: MergeConfig) -> Path:
     probe = make_probe(config, every[-1]) if config.method == "self_positioning" else None
     values = config.model_dump(mode="json", exclude={"output", "models", "base"})
     mark = fingerprint(models=marks, config=values)
-    target = config.directory / "model" if probe else config.directory
+    target = config.directory / "model"
     if is_finished(target, mark):
         return target
     require_same_tokenizer(every)

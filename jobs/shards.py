@@ -36,6 +36,9 @@ MAX_LISTS = 1 << 18
 MAX_GRAPH_SEARCH = 4096
 RECALL_AT = 10
 ROUGH_CANDIDATES = 1024
+# Shards of several are asked for more than their share, since they are not alike.
+SHARE = 1.25
+RAISE = 1.5
 # The one column that is read of vectors whose texts are known already.
 VECTORS = {"vector": "vector"}
 
@@ -56,7 +59,7 @@ class SearchConfig(Config):
     min_recall: float = Field(default=0.95, ge=0, le=1)
     """Share of the exact ten best that the index must find for a sample of the queries."""
     raise_nprobe: bool = True
-    """Double nprobe until min_recall is met, rather than refuse."""
+    """Raise nprobe, by half, until min_recall is met, rather than refuse."""
     recall_queries: int = Field(default=256, ge=1)
     """Queries of the sample."""
     block_rows: int = Field(default=32768, ge=1)
@@ -308,10 +311,10 @@ def num_lists(num_rows: int) -> int:
 
 
 def candidates_a_shard(search: SearchConfig, num_shards: int, factory: str | None) -> int:
-    """How many rows an index is asked for: where there are several, twice a shard's share, since they are not alike."""
+    """How many rows the index of a shard is asked for."""
     rough = factory is not None and re.search("PQ|RaBitQ", factory) is not None
     wanted = search.candidates or (ROUGH_CANDIDATES if rough else 0)
-    return wanted if num_shards == 1 else -(-2 * wanted // num_shards)
+    return wanted if num_shards == 1 else math.ceil(SHARE * wanted / num_shards)
 
 
 def dim_of(part: Part) -> int:
@@ -321,6 +324,7 @@ def dim_of(part: Part) -> int:
 
 def train_on_worker(parts: Sequence[Part], factory: str, path: Path) -> None:
     """Ray task: the empty index that all shards begin with, trained on a sample of all parts."""
+    faiss.omp_set_num_threads(os.cpu_count() or 1)  # nothing else is at work yet
     save_index(train_index(lambda num_rows: sample(parts, num_rows), dim_of(parts[0]), factory), path)
 
 
@@ -388,7 +392,7 @@ def gated(plan: ShardPlan, shards: Sequence[Any], queries: npt.NDArray[np.float3
                 f"search.nprobe: {nprobe} finds {measured[nprobe]:.3f} of the exact {RECALL_AT} best; expected "
                 f"search.min_recall {config.min_recall}. Raise nprobe, or choose an index that forgets less"
             )
-        nprobe = min(2 * nprobe, most)
+        nprobe = min(math.ceil(RAISE * nprobe), most)
 
 
 def texts_of(plan: ShardPlan, shards: Sequence[Any], rows: npt.NDArray[np.int64]) -> pa.Table:

@@ -42,8 +42,8 @@ from embedlib.errors import ConfigError, DataError
 from embedlib.model_directory import read_prompts
 from embedlib.pretrained import pretrained_directory
 from embedlib.sampling import temperature_shares
-from embedlib.sources import input_files, rejected_table
-from embedlib.training_texts import TrainingData, TrainingTexts, read_training_texts
+from embedlib.sources import rejected_table
+from embedlib.training_texts import TrainingData, TrainingTexts, files_of, read_training_texts
 from jobs.distill import mark_of
 from jobs.embed import EmbedConfig, content_mark, embed_all, read_parts
 from jobs.runtime import artifacts_directory, connect
@@ -157,7 +157,7 @@ def make_texts(config: TrainConfig) -> Path:
         "validation_share": config.validation_share,
         "max_characters": config.max_characters,
     }
-    files = [input_files(data.path) for data in (*config.datasets, *config.validation)]
+    files = [files_of(data) for data in (*config.datasets, *config.validation)]
     inputs = [[content_mark(file) for file in each] for each in files]
     mark = fingerprint(inputs=inputs, config=values)
     if is_finished(directory, mark):

@@ -5,6 +5,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pydantic import ValidationError
 
 from embedlib.errors import DataError
 from embedlib.training_texts import TrainingData, TrainingTexts, read_training_texts
@@ -97,6 +98,21 @@ def test_broken_rows_are_told_and_the_rest_is_kept(tmp_path: Path) -> None:
         (2, "positive: empty"),
         (3, "positive: longer than 20 characters"),
     ]
+
+
+def test_languages_are_chosen_before_rows_are_counted(tmp_path: Path) -> None:
+    path = written(
+        tmp_path / "pairs.parquet",
+        query=["a", "b", None, "d"],
+        positive=["A", "B", "C", "D"],
+        lang=["x", "y", "y", "y"],
+    )
+    data = TrainingData(path=path, lang="lang", langs=["y"], max_rows=2)
+    found = read_training_texts([data], 100)
+    assert spelled(found) == [["query:b", "document:B"]]
+    assert [row.row for row in found.rejected] == [2]
+    with pytest.raises(ValidationError, match="lang names no column"):
+        TrainingData(path=path, langs=["y"])
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from embedlib.errors import ConfigError, DataError
 from jobs import cli
 from jobs.cli import read_config, read_run, run_job
 from jobs.distill import DEMO_RUN, DistillConfig
+from jobs.recipe import RecipeConfig, resolve
 
 RUNS = sorted((Path(cli.__file__).parent / "runs").glob("*.yaml"))
 
@@ -167,9 +168,12 @@ def test_a_job_gets_the_command_line_and_ends_with_one_line(monkeypatch: pytest.
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name)
 def test_every_run_file_is_a_run(path: Path) -> None:
-    config = read_config(DistillConfig, [str(path)])
-    assert DistillConfig.model_validate(config.model_dump()) == config
-    assert DistillConfig.model_validate_json(config.model_dump_json()) == config
+    kind = RecipeConfig if "stages" in read_run(path) else DistillConfig
+    config = read_config(kind, [str(path)])
+    assert kind.model_validate(config.model_dump()) == config
+    assert kind.model_validate_json(config.model_dump_json()) == config
+    if isinstance(config, RecipeConfig):
+        assert [stage.name for stage in resolve(config)] == list(config.stages)
 
 
 def test_the_demo_is_a_run_and_can_be_overridden() -> None:

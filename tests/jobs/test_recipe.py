@@ -1,0 +1,81 @@
+"""Recipes: references, values checked at the door, and a small one on a real cluster, run twice."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from embedlib.errors import ConfigError
+from jobs.recipe import RecipeConfig, main, resolve
+from tests.conftest import corpus_rows
+
+TRAIN = {"job": "train", "values": {"model": "{base}", "datasets": [{"path": "{pairs}", "lang": "lang"}]}}
+
+
+def recipe(stages: dict[str, Any], **values: Any) -> RecipeConfig:
+    return RecipeConfig.model_validate(
+        {"output": "out", "paths": {"base": "b", "pairs": "p.parquet"}, "stages": stages} | values
+    )
+
+
+def test_a_stage_takes_what_an_earlier_one_makes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("EMBEDLIB_ARTIFACTS", str(tmp_path))
+    merged = {"job": "merge", "values": {"models": ["{base}", "{first}"]}}
+    first, second = resolve(recipe({"first": TRAIN, "second": merged}))
+    assert first.after == []
+    assert second.after == ["first"]
+    assert second.config.model_dump()["models"] == ["b", str(tmp_path / "out" / "first" / "model")]
+    assert second.config.model_dump()["output"] == tmp_path / "out" / "second"
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        (
+            {"a": {"job": "merge", "values": {"models": ["{b}", "{base}"]}}},
+            r"stages.a.values.models.0: \{b\} is no path",
+        ),
+        ({"a": {"job": "merge", "values": {"models": ["x"]}}}, "stages.a.values: models"),
+        ({"a": {"job": "merge", "values": {"models": ["x", "y"], "wait": 1}}}, "stages.a.values: wait"),
+        ({"base": TRAIN}, "the name is taken"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_does(stages: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve(recipe(stages))
+
+
+def test_only_stages_that_there_are() -> None:
+    with pytest.raises(ConfigError, match="'nought' is no stage"):
+        resolve(recipe({"a": TRAIN}, only=["nought"]))
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_recipe_runs_and_a_rerun_does_nothing_again(
+    tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = corpus_rows()
+    english, german = ([row["text"] for row in rows if row["lang"] == lang] for lang in ("en", "de"))
+    pairs = tmp_path / "pairs.parquet"
+    pq.write_table(pa.table({"query": english, "positive": german}), pairs)
+    rule = {"max_negatives": 2, "relative_margin": None, "short": "random"}
+    training = {"epochs": 2, "batch_size": 8, "optimizer": {"learning_rate": 1e-3}}
+    data = {"path": "{mined}", "positive": "positives", "negatives": "negatives"}
+    stages: dict[str, Any] = {
+        "mined": {"job": "mine", "values": {"model": "{base}", "pairs": "{pairs}", "rule": rule}},
+        "trained": {"job": "train", "values": {"model": "{base}", "datasets": [data], "training": training}},
+        "merged": {"job": "merge", "values": {"models": ["{base}", "{trained}"]}},
+    }
+    paths = {"base": str(tiny_encoder), "pairs": str(pairs)}
+    config = recipe(stages, paths=paths, output=tmp_path / "recipe")
+    assert {name: done.state for name, done in main(config).items()} == dict.fromkeys(stages, "made")
+    merged = SentenceTransformer(str(tmp_path / "recipe" / "merged" / "model"), device="cpu")
+    assert merged.encode(["the cat"]).shape == (1, 32)
+    assert {name: done.state for name, done in main(config).items()} == dict.fromkeys(stages, "was there")
+    assert json.loads((tmp_path / "recipe" / "recipe.json").read_text())["merged"]["state"] == "was there"
+    assert "trained" in capsys.readouterr().out
