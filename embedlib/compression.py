@@ -22,6 +22,7 @@ from embedlib.compress.layers import (
     keep_layers,
     only_layers,
 )
+from embedlib.compress.positions import extend_positions
 from embedlib.compress.tokenizer import fallback_texts, prune_tokenizer, read_pieces
 from embedlib.compress.vocab import ByteMethod, KeptVocabulary, VocabularyConfig, byte_rows, choose_pieces, remap_rows
 from embedlib.config import Config
@@ -43,6 +44,9 @@ class CompressionConfig(Config):
     """Texts counted for the vocabulary, of each language, chosen by the seed."""
     prompts: list[str] = Field(default=["query", "passage"], min_length=1)
     """Prompts put before the texts in turn, where the teacher has them, while counting and probing."""
+    max_length: int | None = Field(default=None, ge=1)
+    """Tokens that the student reads; more than the teacher: its positions are stretched, those there were stay; none:
+    as many as the teacher."""
     seed: int = 0
     """Decides which texts are counted and probed."""
 
@@ -101,6 +105,8 @@ def compress(
     for layers in list(choice.scores)[:num_students]:
         students.append(keep_layers(full_body, layers).float())
         replace_rows(students[-1], rows)
+        if config.max_length and config.max_length > teacher.max_seq_length:
+            extend_positions(students[-1], config.max_length)
     best = rank_distilled(students, tokenizer) if rank_distilled and len(students) > 1 else 0
     scores = list(choice.scores.items())
     choice = LayerChoice(dict([scores.pop(best), *scores]))

@@ -181,20 +181,21 @@ def make_student(config: DistillConfig, teacher_directory: Path, corpus: Path) -
         return directory
     teacher = loaded_teacher(teacher_directory)
     probe = probe_texts(config, teacher, corpus)
+    max_length = config.compression.max_length or teacher.max_seq_length
 
     def rank_distilled(students: list[PreTrainedModel], tokenizer: Tokenizer) -> int:
         with tempfile.TemporaryDirectory() as folder:
             paths = [Path(folder) / str(number) for number in range(len(students))]
             for path, body in zip(paths, students, strict=True):
                 path.mkdir()
-                write_student(path, body, tokenizer, teacher_directory, teacher.max_seq_length)
+                write_student(path, body, tokenizer, teacher_directory, max_length)
             return best_after_distilling(
                 paths, teacher, probe, config.distillation, config.compression.layers.distil_steps
             )
 
     with new_artifact(directory, "student_initial", mark, parents=parents, config=values) as (scratch, measurements):
         student = compress(teacher, texts_by_language(corpus / "train.parquet"), config.compression, rank_distilled)
-        write_student(scratch, student.body, student.tokenizer, teacher_directory, teacher.max_seq_length)
+        write_student(scratch, student.body, student.tokenizer, teacher_directory, max_length)
         measurements |= student.measurements
     return directory
 
