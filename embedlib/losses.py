@@ -70,6 +70,8 @@ class Against(NamedTuple):
     """(rows,) the column that is a row's own, or what it is compared for: never a negative."""
     masked: torch.Tensor | None = None
     """(rows, columns) columns that might be right answers as well, and are no negatives either."""
+    has_positive: bool = True
+    """Whether a row's own column is its positive, and not the row itself: queries against documents, and back."""
 
 
 def info_nce(
@@ -86,7 +88,9 @@ def info_nce(
     positive = positive[:, None] / temperature
     negatives = [_negatives(each) / temperature for each in against]
     if partition == "joint":
-        negatives = [torch.cat(negatives, dim=1)]
+        # Each direction between queries and documents brings the positive along, as GTE has it.
+        again = [positive] * (sum(each.has_positive for each in against) - 1)
+        negatives = [torch.cat([*again, *negatives], dim=1)]
     logits = [torch.cat([positive, each], dim=1) for each in negatives]
     return torch.stack([torch.logsumexp(each, dim=1) - positive[:, 0] for each in logits]).mean(dim=0)
 

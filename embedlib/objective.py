@@ -203,7 +203,8 @@ class Objective(nn.Module):
         for direction in config.directions:
             left, right, own = sides[direction]
             masked = self._masked(left[rows], right, samples, rows) if self.config.guide else None
-            against.append(Against(unit[left[rows]] @ unit[right].T, own, masked))
+            between = direction in ("query_to_document", "document_to_query")
+            against.append(Against(unit[left[rows]] @ unit[right].T, own, masked, between))
         return info_nce(positive, against, config.temperature, config.partition)
 
     def _masked(self, left: torch.Tensor, right: torch.Tensor, samples: Samples, rows: slice) -> torch.Tensor:

@@ -80,6 +80,26 @@ class TrainingTexts(NamedTuple):
     """(samples,); none where a dataset has no labels."""
     rejected: list[Rejected]
 
+    def taken(self, rows: npt.NDArray[np.bool_]) -> "TrainingTexts":
+        """Those of the samples, with all texts."""
+        return self._replace(
+            samples=self.samples[rows],
+            groups=self.groups[rows],
+            scores=None if self.scores is None else self.scores[rows],
+            labels=None if self.labels is None else self.labels[rows],
+        )
+
+    def without_idle_texts(self) -> "TrainingTexts":
+        """The same samples, with the texts that are in one of them alone."""
+        used = np.unique(self.samples[self.samples != NO_TEXT])
+        texts, first = {}, 0
+        for prompt, array in self.texts.items():
+            own = used[(used >= first) & (used < first + len(array))] - first
+            texts[prompt] = array.take(pa.array(own))
+            first += len(array)
+        there = self.samples != NO_TEXT
+        return self._replace(texts=texts, samples=np.where(there, np.searchsorted(used, self.samples), NO_TEXT))
+
 
 class _Rows(NamedTuple):
     """Some rows of one dataset, its lists laid flat."""

@@ -192,15 +192,7 @@ def split(found: TrainingTexts, share: float) -> tuple[TrainingTexts, TrainingTe
         )
     held = np.random.default_rng(0).choice(queries, num_apart, replace=False)
     is_apart = np.isin(found.samples[:, 0], held)
-    return tuple(  # type: ignore[return-value]
-        found._replace(
-            samples=found.samples[rows],
-            groups=found.groups[rows],
-            scores=None if found.scores is None else found.scores[rows],
-            labels=None if found.labels is None else found.labels[rows],
-        )
-        for rows in (~is_apart, is_apart)
-    )
+    return found.taken(~is_apart), found.taken(is_apart).without_idle_texts()
 
 
 def write_texts(directory: Path, found: TrainingTexts) -> None:

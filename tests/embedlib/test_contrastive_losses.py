@@ -41,7 +41,7 @@ def test_both_directions_joint_and_separate() -> None:
     separate = [functional.cross_entropy(each / 0.2, rows, reduction="none") for each in (scores, scores.T)]
     torch.testing.assert_close(info_nce(positive, both, 0.2, "separate"), (separate[0] + separate[1]) / 2)
     joint = [
-        math.log(1 + sum(math.exp((float(s) - float(positive[i])) / 0.2) for s in others))
+        math.log(2 + sum(math.exp((float(s) - float(positive[i])) / 0.2) for s in others))
         for i, others in enumerate([*scores[i][rows != i], *scores.T[i][rows != i]] for i in range(5))
     ]
     torch.testing.assert_close(info_nce(positive, both, 0.2, "joint"), torch.tensor(joint))

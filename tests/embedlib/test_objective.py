@@ -1,6 +1,10 @@
+from typing import Any
+
 import pytest
 import torch
 from pydantic import ValidationError
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from torch.nn import functional
 
 from embedlib.objective import Objective, ObjectiveConfig, Samples
@@ -105,3 +109,21 @@ def test_what_is_missing_is_named() -> None:
         objective(distil={"weight": 1.0})(VECTORS, SAMPLES, WHOLE)
     with pytest.raises(ValidationError, match="every weight is 0"):
         ObjectiveConfig.model_validate({"info_nce": {"weight": 0}})
+
+
+@pytest.mark.parametrize("directions", [["query_to_doc"], ["query_to_doc", "doc_to_query"]])
+@pytest.mark.parametrize("partition", ["joint", "per_direction"])
+def test_sentence_transformers_has_the_same_value(directions: list[str], partition: str) -> None:
+    peer: Any = MultipleNegativesRankingLoss(
+        SentenceTransformer(modules=[torch.nn.Identity()]), 20.0, directions=directions, partition_mode=partition
+    )
+    names = {"query_to_doc": "query_to_document", "doc_to_query": "document_to_query"}
+    settings = {
+        "directions": [names[each] for each in directions],
+        "partition": "joint" if partition == "joint" else "separate",
+    }
+    vectors = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
+    rows = torch.arange(4)
+    samples = Samples(rows, 4 + rows, (8 + rows)[:, None])
+    found = objective(info_nce=settings)(vectors, samples, slice(0, 4)).mean()
+    torch.testing.assert_close(found, peer.compute_loss_from_embeddings([vectors[:4], vectors[4:8], vectors[8:]], None))

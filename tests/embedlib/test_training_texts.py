@@ -100,6 +100,19 @@ def test_broken_rows_are_told_and_the_rest_is_kept(tmp_path: Path) -> None:
     ]
 
 
+def test_a_part_of_the_samples_needs_a_part_of_the_texts(tmp_path: Path) -> None:
+    path = written(
+        tmp_path / "data.parquet", query=["a", "b", "c"], positive=["A", "B", "C"], n=[["D", "A"], ["A"], []]
+    )
+    found = read_training_texts([TrainingData(path=path, negatives="n")], 100)
+    part = found.taken(np.array([False, True, True])).without_idle_texts()
+    assert spelled(part) == spelled(found)[1:]
+    assert {prompt: texts.to_pylist() for prompt, texts in part.texts.items()} == {
+        "query": ["b", "c"],
+        "document": ["A", "B", "C"],
+    }
+
+
 def test_languages_are_chosen_before_rows_are_counted(tmp_path: Path) -> None:
     path = written(
         tmp_path / "pairs.parquet",
