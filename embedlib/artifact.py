@@ -107,6 +107,19 @@ def read_manifest(directory: Path) -> Manifest | None:
     return parse_manifest(path.read_bytes(), str(path)) if path.is_file() else None
 
 
+def mark_of(directory: Path) -> str:
+    """The fingerprint of a finished directory."""
+    return manifest_of(directory).fingerprint
+
+
+def manifest_of(directory: Path) -> Manifest:
+    """The manifest of a finished directory; ArtifactError where it is not finished."""
+    manifest = read_manifest(directory)
+    if manifest is None:
+        raise ArtifactError(f"{directory}: not finished; expected a manifest")
+    return manifest
+
+
 def parse_manifest(content: bytes, name: str) -> Manifest:
     """The manifest that a file called `name` holds; ArtifactError where it cannot be understood."""
     try:

@@ -27,13 +27,13 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
 from embedlib.artifact import (
-    Manifest,
     fingerprint,
     hash_file,
     is_finished,
+    manifest_of,
+    mark_of,
     model_fingerprint,
     new_artifact,
-    read_manifest,
 )
 from embedlib.batching import TokenIds
 from embedlib.compression import CompressionConfig, compress, known_prompts, write_student
@@ -65,7 +65,6 @@ from embedlib.distillation import (
 )
 from embedlib.embedding import VectorsConfig
 from embedlib.encoder import Encoder, with_prompts
-from embedlib.errors import ArtifactError
 from embedlib.evaluation.comparison import HeldOut, Paths, compare, draw
 from embedlib.evaluation.report import Report, Training, print_table, read_report, render_html, write_json
 from embedlib.model_directory import read_prompts
@@ -352,19 +351,6 @@ def make_report(config: DistillConfig, paths: Paths, timings: dict[str, float]) 
     (directory / "report.html").write_text(render_html(report, plots))
     write_json(report, directory / "report.json")
     return report
-
-
-def mark_of(directory: Path) -> str:
-    """The fingerprint of a finished stage."""
-    return manifest_of(directory).fingerprint
-
-
-def manifest_of(directory: Path) -> Manifest:
-    """The manifest of a finished stage; ArtifactError where it is not finished."""
-    manifest = read_manifest(directory)
-    if manifest is None:
-        raise ArtifactError(f"{directory}: not finished; expected a manifest")
-    return manifest
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from embedlib.artifact import fingerprint, is_finished, model_fingerprint, new_artifact
+from embedlib.artifact import fingerprint, is_finished, mark_of, model_fingerprint, new_artifact
 from embedlib.batching import TokenIds
 from embedlib.config import Config
 from embedlib.contrastive import ContrastiveConfig, contrast, load_encoder, retrieval_mrr, start_contrast
@@ -44,7 +44,6 @@ from embedlib.pretrained import pretrained_directory
 from embedlib.sampling import temperature_shares
 from embedlib.sources import rejected_table
 from embedlib.training_texts import TrainingData, TrainingTexts, files_of, read_training_texts
-from jobs.distill import mark_of
 from jobs.embed import EmbedConfig, content_mark, embed_all, read_parts
 from jobs.runtime import artifacts_directory, connect
 from jobs.trainer import Trained, WorkersConfig, fit, read_history, run_worker, start_worker

@@ -35,9 +35,10 @@ LOG_EVERY_STEPS = 10
 class WorkersConfig(Config):
     """How the steps are spread over the cluster and kept safe."""
 
-    num_workers: int | tuple[int, int] | None = None
-    """Training processes; two numbers: as many as the cluster has room for between them, more when a node joins; none:
-    one a GPU, or one with all cores of a node where there are none."""
+    num_workers: int | None = Field(default=None, ge=1)
+    """Training processes; none: one a GPU, or one with all cores of a node where there are none."""
+    max_workers: int | None = Field(default=None, ge=1)
+    """Up to so many where the cluster has room for them, and more when a node joins; none: num_workers, always."""
     validate_every: int = Field(default=200, ge=1)
     """Steps between two validations."""
     checkpoint_every: int = Field(default=200, ge=1)
@@ -207,15 +208,19 @@ def fit(
     """
     gpus = num_gpus()
     num_workers = workers.num_workers or gpus or 1
-    if (num_workers if isinstance(num_workers, int) else num_workers[1]) > most_workers:
+    largest = workers.max_workers or num_workers
+    if largest < num_workers:
+        raise ConfigError(f"workers.max_workers: {largest}; expected at least num_workers, {num_workers}")
+    if largest > most_workers:
         raise ConfigError(
-            f"workers.num_workers: {num_workers}; expected at most the batch size and number of samples, {most_workers}"
+            f"workers.num_workers: {largest}; expected at most the batch size and number of samples, {most_workers}"
         )
     trainer = TorchTrainer(
         worker,
         train_loop_config=job.model_dump(mode="json"),
         scaling_config=ScalingConfig(
-            num_workers=num_workers,  # type: ignore[arg-type] # mypy sees the class of the older Ray Train
+            # mypy sees the class of the older Ray Train.
+            num_workers=(num_workers, largest) if workers.max_workers else num_workers,  # type: ignore[arg-type]
             use_gpu=gpus > 0,
             resources_per_worker={"CPU": 1, **({"GPU": 1} if gpus else {})},
         ),
