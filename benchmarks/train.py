@@ -38,7 +38,7 @@ from benchmarks.distill import CORPUS_TEXTS, STUDENT, Clock, read_corpus, rows_i
 from benchmarks.machine import describe_machine, in_fresh_process, watched_memory
 from benchmarks.mine import read_pairs
 from embedlib import training
-from embedlib.contrastive import ContrastiveConfig, contrast, load_encoder, start_contrast
+from embedlib.contrastive import ContrastiveConfig, batch_plan, contrast, load_encoder, start_contrast
 from embedlib.dataset import ContrastiveSet
 from embedlib.encoder import Encoder, default_device
 
@@ -189,8 +189,11 @@ def run_embedlib(work: Path, settings: Settings, variant: Variant) -> Run:
 def run_sentence_transformers(work: Path, settings: Settings, variant: Variant) -> Run:
     """All steps with `SentenceTransformerTrainer` and its cached loss."""
     model = SentenceTransformer(str(work / STUDENT), device=str(default_device()), local_files_only=True)
-    num_pairs = settings.batch_size * settings.num_steps
-    pairs = {name: texts[:num_pairs] for name, texts in json.loads((work / "pairs.json").read_text()).items()}
+    samples = read_samples(work, settings.batch_size * settings.num_steps)
+    config = config_for(settings.batch_size, variant.dtype, variant.dropout)
+    order = np.concatenate(batch_plan(samples, config).epoch(0))  # the batches that embedlib draws
+    texts = json.loads((work / "pairs.json").read_text())
+    pairs = {name: [side[row] for row in order] for name, side in texts.items()}
     clock = Clock()
     trainer = SentenceTransformerTrainer(
         model=model,
@@ -241,6 +244,7 @@ def step_cost(work: Path, batch_size: int) -> tuple[float, float]:
     """Seconds of a step with the whole graph kept, and with the vectors made twice."""
     samples = read_samples(work, batch_size)
     config = config_for(batch_size, "auto", dropout=False).model_copy(update={"epochs": 4})
+    training.MAX_LANES = 1  # the batch that is made twice is not dealt to threads, either
     seconds = []
     for most in (10**9, 0):
         training.WHOLE_GRAPH_TOKENS = most

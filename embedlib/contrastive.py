@@ -26,7 +26,16 @@ from embedlib.distillation import (
 from embedlib.encoder import SentenceVectors
 from embedlib.objective import Objective, ObjectiveConfig, Samples
 from embedlib.sampling import BatchPlan
-from embedlib.training import Arithmetic, BatchLoss, OptimizerConfig, TrainState, build_optimizer, dealt, optimise
+from embedlib.training import (
+    Arithmetic,
+    BatchLoss,
+    OptimizerConfig,
+    TrainState,
+    build_optimizer,
+    dealt,
+    freeze_blocks,
+    optimise,
+)
 
 # Samples whose scores against the whole batch are held at a time.
 LOSS_ROWS = 512
@@ -64,7 +73,9 @@ def batch_plan(dataset: ContrastiveSet, config: ContrastiveConfig) -> BatchPlan:
 def load_encoder(directory: Path, device: torch.device, config: ContrastiveConfig) -> SentenceVectors:
     """The model of a directory, as a module to train in float32."""
     torch.manual_seed(config.seed)
-    return load_student(directory, device).train(config.dropout)
+    model = load_student(directory, device).train(config.dropout)
+    freeze_blocks(model, config.optimizer.frozen_blocks)
+    return model
 
 
 def start_contrast(model: nn.Module, dataset: ContrastiveSet, config: ContrastiveConfig) -> TrainState:
@@ -87,12 +98,14 @@ def contrast(state: TrainState, dataset: ContrastiveSet, config: ContrastiveConf
     arithmetic = Arithmetic(budget, dtype, unwrapped(state.model).collate)
     for rows in batches_after(batch_plan(dataset, config), state.step, config.epochs):
         texts, samples = dataset.batch(rows, device)
-        lengths = dataset.lengths(texts)
+        # Every process embeds something: a batch of fewer texts than processes has some of them twice.
+        embedded = np.resize(texts, max(len(texts), world_size()))
+        lengths = dataset.lengths(embedded)
         shares = [dealt(lengths, number, world_size()) for number in range(world_size())]
-        in_order = torch.from_numpy(np.argsort(np.concatenate(shares))).to(device)
+        in_order = torch.from_numpy(np.argsort(np.concatenate(shares))[: len(texts)]).to(device)
         first, last = (len(rows) * number // world_size() for number in (rank(), rank() + 1))
         of_batch = batch_loss(state.head, samples, in_order, range(first, last))
-        result = optimise(state, dataset.token_ids(texts[shares[rank()]]), of_batch, arithmetic)
+        result = optimise(state, dataset.token_ids(embedded[shares[rank()]]), of_batch, arithmetic)
         yield Step(state.step, rows[first:last].tolist(), result)
 
 
@@ -148,6 +161,7 @@ def retrieval_mrr(model: nn.Module, dataset: ContrastiveSet, dtype: torch.dtype)
         there = (of_query >= some.start) & (of_query < some.stop)
         answers[of_query[there] - some.start, np.searchsorted(documents, positives[there])] = True
         best = scores.masked_fill(~answers, -torch.inf).max(dim=1, keepdim=True).values
-        ranks = 1 + ((scores > best) & ~answers).sum(dim=1)
+        # What is not below the answer stands before it: a model that gives every text the same vector finds none.
+        ranks = 1 + (~(scores < best) & ~answers).sum(dim=1)
         total += float((1 / ranks).where(ranks <= MRR_DEPTH, torch.zeros(1, device=device)).sum())
     return total / len(distinct)

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,13 @@ def trained_dimensions(directory: Path) -> list[int]:
     path = directory / PROMPTS_NAME
     values = json.loads(path.read_text()) if path.is_file() else {}
     return [int(size) for size in values.get("matryoshka_dims") or []]
+
+
+def write_trained_dimensions(directory: Path, sizes: Sequence[int]) -> None:
+    """Note the sizes to which the vectors of a model may be cut."""
+    path = directory / PROMPTS_NAME
+    values = json.loads(path.read_text()) if path.is_file() else {}
+    write_json(path, values | {"matryoshka_dims": sorted(set(sizes), reverse=True)})
 
 
 @contextmanager

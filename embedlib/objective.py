@@ -4,7 +4,7 @@ Teachers, guides and the frozen base come in as cached vectors of the batch's te
 while one is trained.
 """
 
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from embedlib.config import Config
+from embedlib.errors import ConfigError
 from embedlib.losses import (
     Against,
     cosent,
@@ -104,7 +105,7 @@ class ObjectiveConfig(Config):
     """Nearness to scores; needs a dataset with scores."""
     cosent: CoSENTConfig = CoSENTConfig()
     """Order by labels; needs a dataset with labels."""
-    dimensions: list[int] = Field(default_factory=list)
+    dimensions: list[Annotated[int, Field(gt=0)]] = Field(default_factory=list)
     """Prefixes of the vectors for which all of it holds, the whole included (matryoshka, arXiv:2205.13147); none: the
     whole alone."""
 
@@ -143,6 +144,8 @@ class Objective(nn.Module):
     def __init__(self, config: ObjectiveConfig, embedding_dim: int, teacher_dim: int | None = None) -> None:
         """`teacher_dim` is needed where there is a teacher."""
         super().__init__()
+        if too_wide := [dim for dim in config.dimensions if dim > embedding_dim]:
+            raise ConfigError(f"objective.dimensions: {too_wide[0]}; the model's vectors have {embedding_dim}")
         self.config = config
         self.dimensions = sorted({*config.dimensions, embedding_dim}, reverse=True)
         # A teacher of another width has other prefixes than the student: each of these has a map of its own.
@@ -199,16 +202,26 @@ class Objective(nn.Module):
             "query_to_query": (samples.queries, samples.queries, own_query),
             "document_to_document": (samples.positives, documents, own_document),
         }
+        # Samples with the same query, or the same positive: what answers one of them answers the other.
+        alike = (samples.queries[rows][:, None] == samples.queries) | (
+            samples.positives[rows][:, None] == samples.positives
+        )
+        columns = torch.searchsorted(documents, samples.positives).expand_as(alike)
+        answers = torch.zeros(len(alike), len(documents), dtype=torch.uint8, device=unit.device)
+        answers = answers.scatter_reduce(1, columns, alike.to(torch.uint8), "amax").bool()
         against = []
         for direction in config.directions:
             left, right, own = sides[direction]
-            masked = self._masked(left[rows], right, samples, rows) if self.config.guide else None
+            masked = (answers if right is documents else alike) | (left[rows][:, None] == right)
+            if self.config.guide:
+                masked |= self._masked(left[rows], right, samples, rows, self.config.guide)
             between = direction in ("query_to_document", "document_to_query")
             against.append(Against(unit[left[rows]] @ unit[right].T, own, masked, between))
         return info_nce(positive, against, config.temperature, config.partition)
 
-    def _masked(self, left: torch.Tensor, right: torch.Tensor, samples: Samples, rows: slice) -> torch.Tensor:
-        config = self.config.guide or GuideConfig()
+    def _masked(
+        self, left: torch.Tensor, right: torch.Tensor, samples: Samples, rows: slice, config: GuideConfig
+    ) -> torch.Tensor:
         rating = functional.normalize(_required(samples.guide, "guide"), dim=-1)
         positive = (rating[samples.queries[rows]] * rating[samples.positives[rows]]).sum(dim=-1)
         return likely_positives(positive, rating[left] @ rating[right].T, config.margin, config.kind)

@@ -1,4 +1,4 @@
-"""Which samples of several datasets make each batch: all of one group, no text twice, every sample once an epoch.
+"""Which samples of several datasets make each batch: all of one group, twins apart, every sample once an epoch.
 
 A group is what may be contrasted with each other: a dataset, or one language pair of it. Batches that mix them give
 negatives that are told apart by language or style alone.
@@ -10,9 +10,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-NO_TEXT = -1
+from embedlib.objective import NO_TEXT
+
 # Where many samples share a text a batch may stay short: it is not worth looking through all of them.
 MOST_PASSED_OVER = 8
+READ_SAMPLES = 65536
 
 
 class BatchPlan(NamedTuple):
@@ -47,30 +49,41 @@ class BatchPlan(NamedTuple):
         return np.concatenate([*shuffled, samples[:0]])[first - rounds.start * size : last - rounds.start * size]
 
     def _without_twins(self, samples: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.int64]]:
-        """The samples in batches; one that shares a text with its batch waits for a later one."""
+        """The samples in batches; one that shares a text with its batch waits for a later one.
+
+        Those that are left when all batches are full share batches of their own, twins or not: the loss knows them.
+        """
         num_batches = max(1, round(len(samples) / self.batch_size))
-        sizes = [len(part) for part in np.array_split(samples, num_batches)]
-        waiting: list[int] = []
-        ahead = iter(samples.tolist())
-        while sizes or waiting:
-            size = sizes.pop(0) if sizes else min(len(waiting), self.batch_size)
-            batch: list[int] = []
+        waiting: list[tuple[int, list[int]]] = []
+        ahead = self._with_texts(samples)
+        for size in (len(part) for part in np.array_split(samples, num_batches) if len(part)):
+            batch: list[tuple[int, list[int]]] = []
             seen: set[int] = set()
-            left: list[int] = []
+            left: list[tuple[int, list[int]]] = []
             candidates = iter(waiting)
             while len(batch) < size and len(left) < MOST_PASSED_OVER * size:
-                sample = next(candidates, None)
-                if sample is None and (sample := next(ahead, None)) is None:
+                found = next(candidates, None) or next(ahead, None)
+                if found is None:
                     break
-                texts = set(self.texts[sample].tolist()) - {NO_TEXT}
-                if seen.isdisjoint(texts):
-                    batch.append(sample)
-                    seen |= texts
+                if any(text in seen and text != NO_TEXT for text in found[1]):
+                    left.append(found)
                 else:
-                    left.append(sample)
+                    batch.append(found)
+                    seen.update(found[1])
             waiting = [*left, *candidates]
-            if batch:
-                yield np.array(batch)
+            if 2 * len(batch) < size:
+                waiting = [*batch, *waiting]
+                break
+            yield np.array([sample for sample, _ in batch])
+        rest = np.array([sample for sample, _ in (*waiting, *ahead)], np.int64)
+        if len(rest):
+            yield from np.array_split(rest, -(-len(rest) // self.batch_size))
+
+    def _with_texts(self, samples: npt.NDArray[np.int64]) -> Iterator[tuple[int, list[int]]]:
+        """Each sample with its texts, read many at a time."""
+        for start in range(0, len(samples), READ_SAMPLES):
+            some = samples[start : start + READ_SAMPLES]
+            yield from zip(some.tolist(), self.texts[some].tolist(), strict=True)
 
 
 def temperature_shares(

@@ -9,7 +9,7 @@ arXiv:2101.06983).
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from torch import nn
 from embedlib.batching import TokenIds, token_budget_batches
 from embedlib.collectives import all_gather_rows, all_reduce_max, all_reduce_sum, rank, world_size
 from embedlib.config import Config
+from embedlib.errors import DataError
 from embedlib.losses import LossConfig, distillation_loss
 from embedlib.packing import Collate
 from embedlib.threads import side_by_side
@@ -97,16 +98,33 @@ class TrainState:
         """All weights that are trained."""
         return [each for part in (self.model, self.head) for each in part.parameters() if each.requires_grad]
 
+    @property
+    def inner(self) -> nn.Module:
+        """The model itself, where it is wrapped for several processes."""
+        return self.model.module if isinstance(self.model, nn.parallel.DistributedDataParallel) else self.model
+
     def follow(self) -> None:
         """Move the running average towards the weights."""
         if self.config.average is None:
             return
-        inner = self.model.module if isinstance(self.model, nn.parallel.DistributedDataParallel) else self.model
-        for name, weights in inner.state_dict().items():
+        for name, weights in self.inner.state_dict().items():
             if name in self.averaged:
                 self.averaged[name].lerp_(weights, 1 - self.config.average)
             else:
                 self.averaged[name] = weights.clone()
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """For a while the model has the running average for its weights, where there is one: that is what is kept."""
+        if not self.averaged:
+            yield
+            return
+        own = {name: weights.clone() for name, weights in self.inner.state_dict().items()}
+        self.inner.load_state_dict(self.averaged)
+        try:
+            yield
+        finally:
+            self.inner.load_state_dict(own)
 
     def state_dict(self) -> dict[str, Any]:
         """Optimiser, step, random state, head and average; weights are saved apart, as safetensors."""
@@ -123,22 +141,18 @@ class TrainState:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = int(state["step"])
         self.head.load_state_dict(state["head"])
-        self.averaged = state["averaged"]
+        device = next(self.model.parameters()).device
+        self.averaged = {name: weights.to(device) for name, weights in state["averaged"].items()}
         torch.set_rng_state(state["rng"])
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, head: nn.Module | None = None) -> torch.optim.AdamW:
-    """AdamW in groups, so that LayerNorm and bias are not decayed, and lower layers learn more slowly if so wished.
-
-    The frozen blocks are switched off in `model`.
-    """
+    """AdamW in groups, so that LayerNorm and bias are not decayed, and lower layers learn more slowly if so wished."""
     named = list(model.named_parameters())
-    top = max(_block(name, 0) for name, _ in named)
+    top = _top_block(model)
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {(top, False): [], (top, True): []}
     for name, parameter in named:
         block = _block(name, top)
-        if block < config.frozen_blocks:
-            parameter.requires_grad_(False)
         if parameter.requires_grad:
             groups.setdefault((block if config.layer_decay < 1 else top, name.endswith(NO_DECAY)), []).append(parameter)
     if head is not None:
@@ -156,6 +170,21 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, head: nn.Module |
         betas=config.betas,
         fused=True,
     )
+
+
+def freeze_blocks(model: nn.Module, num_blocks: int) -> None:
+    """Switch off the lowest blocks: 1 the token embeddings, 2 the first layer as well, and so on.
+
+    Before `model` is wrapped for several processes, which would wait for their gradients.
+    """
+    top = _top_block(model)
+    for name, parameter in model.named_parameters():
+        if _block(name, top) < num_blocks:
+            parameter.requires_grad_(False)
+
+
+def _top_block(model: nn.Module) -> int:
+    return max(_block(name, 0) for name, _ in model.named_parameters())
 
 
 def _block(name: str, top: int) -> int:
@@ -284,6 +313,10 @@ def optimise(
         # Each process has that of its own part of the loss.
         parameter.grad = all_reduce_sum(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
     norm = nn.utils.clip_grad_norm_(state.parameters(), state.config.max_grad_norm)
+    if not norm.isfinite():
+        raise DataError(
+            f"step {state.step + 1}: the gradient is not finite; expected a smaller learning rate, or float32"
+        )
     state.optimizer.step()
     state.follow()
     state.optimizer.zero_grad()
@@ -332,15 +365,25 @@ class Backward(NamedTuple):
         chances, parts = [], []
         with torch.no_grad():
             for rows in micro_batches:
-                chances.append(_chance())
+                chances.append(self._chance())
                 parts.append(self.embed(rows))
         own_part, gradient = self._by_vectors(parts, micro_batches)
-        after = _chance()
+        after = self._chance()
         for rows, chance in zip(_exchanging_last(self.model, micro_batches), chances, strict=True):
-            _replay(chance)
+            self._replay(chance)
             ((self.embed(rows) * gradient[rows]).sum() * world_size()).backward()
-        _replay(after)
+        self._replay(after)
         return own_part
+
+    def _chance(self) -> tuple[torch.Tensor, ...]:
+        """The state of chance on the CPU and on the model's GPU, if it has one."""
+        device = next(self.model.parameters()).device
+        return torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+    def _replay(self, chance: tuple[torch.Tensor, ...]) -> None:
+        torch.set_rng_state(chance[0])
+        for state in chance[1:]:
+            torch.cuda.set_rng_state(state, next(self.model.parameters()).device)
 
     def in_lanes(self, lanes: Sequence[MicroBatches]) -> float:
         """All forwards, then all backwards, each lane of micro-batches in a thread; for one process alone."""
@@ -372,16 +415,6 @@ class Backward(NamedTuple):
             total += part.item()
         # Every process has the gradient of its own part by the vectors of all.
         return total, all_reduce_sum(vectors.grad)[own]
-
-
-def _chance() -> tuple[torch.Tensor, list[torch.Tensor]]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-
-
-def _replay(chance: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
-    torch.set_rng_state(chance[0])
-    if chance[1]:
-        torch.cuda.set_rng_state_all(chance[1])
 
 
 def _num_lanes(model: nn.Module, device: torch.device) -> int:

@@ -162,12 +162,19 @@ def _checked(
     rows: pa.Table, data: TrainingData, number: int, part: Part, max_characters: int
 ) -> tuple[_Rows, list[Rejected]]:
     """The rows whose query and positive can be embedded, a row for each positive; negatives that cannot are dropped."""
+    for texts, rating in ((data.positive, data.positive_scores), (data.negatives, data.negative_scores)):
+        if texts and rating and not np.array_equal(_lengths(rows[texts]), _lengths(rows[rating])):
+            unlike = int(rows["_row"][int(np.argmax(_lengths(rows[texts]) != _lengths(rows[rating])))].as_py())
+            raise DataError(f"datasets.{number}: {part.file}: row {unlike}: {rating!r} is not as long as {texts!r}")
     lists = [name for name in (data.positive, data.positive_scores) if name and _is_list(rows[name])]
+    rejected: list[Rejected] = []
     if lists:
+        empty = np.flatnonzero(_lengths(rows[data.positive]) == 0)
+        places = rows["_row"].to_numpy()[empty]
+        rejected += [Rejected(part.file, int(row), f"{data.positive}: none", "") for row in places]
         rows = _exploded(rows, lists)
     numbers = rows["_row"].to_numpy()
     usable = np.ones(len(rows), bool)
-    rejected: list[Rejected] = []
     for column in (data.query, data.positive):
         checked = check_texts(rows.select([column]), part, ColumnsConfig(text=column), max_characters)
         usable[[row.row for row in checked.rejected]] = False
@@ -203,7 +210,7 @@ def _negatives(
     if data.negatives is None:
         return pa.array([], pa.large_string()), np.zeros(len(rows), np.int64), np.empty(0, np.int64)
     column = rows[data.negatives]
-    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy() if _is_list(column) else np.ones(len(rows), int)
+    lengths = _lengths(column)
     flat = _text(pc.list_flatten(column)) if _is_list(column) else _text(column)
     owners = np.repeat(np.arange(len(rows)), lengths)
     places = np.arange(len(owners)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
@@ -253,9 +260,14 @@ def _numbered(chunks: list[_Rows], rejected: list[Rejected]) -> TrainingTexts:
     for each in chunks:
         queries = numbers[each.data.query_prompt].pop(0)
         documents = numbers[each.data.document_prompt].pop(0)
-        samples.append(np.concatenate([queries[:, None], _padded(documents, each.counts, most, NO_TEXT)], axis=1))
+        numbers_of = np.concatenate([queries[:, None], _padded(documents, each.counts, most, NO_TEXT)], axis=1)
+        # A row's own query, or its positive, is no negative of it.
+        own = (numbers_of[:, 2:, None] == numbers_of[:, None, :2]).any(axis=2)
+        numbers_of[:, 2:][own] = NO_TEXT
+        samples.append(numbers_of)
         if each.scores is not None:
             scores.append(_padded(each.scores, each.counts, most, -np.inf))
+            scores[-1][:, 1:][own] = -np.inf
     names = list(dict.fromkeys(name for each in chunks for name in each.groups))
     number_of = {name: number for number, name in enumerate(names)}
     weights = {name: each.data.weight for each in chunks for name in each.groups}
@@ -280,6 +292,13 @@ def _padded(
     table[:, 0] = flat[: len(counts)]
     table[:, 1:][np.arange(most) < counts[:, None]] = flat[len(counts) :]
     return table
+
+
+def _lengths(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
+    """Elements of each row: 1 where the column has no lists, 0 for null."""
+    if not _is_list(column):
+        return np.ones(len(column), np.int64)
+    return np.asarray(pc.fill_null(pc.list_value_length(column), 0).to_numpy(), np.int64)
 
 
 def _is_list(column: pa.ChunkedArray) -> bool:

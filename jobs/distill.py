@@ -69,6 +69,7 @@ from embedlib.evaluation.comparison import HeldOut, Paths, compare, draw
 from embedlib.evaluation.report import Report, Training, print_table, read_report, render_html, write_json
 from embedlib.model_directory import read_prompts
 from embedlib.pretrained import EMBEDDED_TEACHER, EMBEDDED_TEACHER_NAME, pretrained_directory, with_prompts_of
+from embedlib.training import freeze_blocks
 from embedlib.wheels import cache_directory
 from jobs.embed import EmbedConfig, embed, read_parts
 from jobs.runtime import artifacts_directory, connect, format_seconds
@@ -140,8 +141,10 @@ def train_worker(values: dict[str, Any]) -> None:
     device = start_worker()
     dataset, validation = DistillationSet.open(job.dataset), DistillationSet.open(job.dataset / "validation")
     dtype = resolve_dtype(job.distillation.dtype, device)
+    student = load_student(job.student, device)
+    freeze_blocks(student, job.distillation.optimizer.frozen_blocks)
     trained = Trained(
-        load_student(job.student, device),
+        student,
         start=lambda model: new_state(model, len(dataset), job.distillation),
         steps=lambda state: distil(state, dataset, job.distillation),
         validate=lambda state: validation_cosine(state.model, validation, dtype),

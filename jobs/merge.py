@@ -1,6 +1,6 @@
 """Merge models trained from one base: `python jobs/merge.py --base B --models '["M1", "M2"]' --output merged`.
 
-`--method self_positioning` finds the weights by SGD on a probe set of several tasks: `--probe '[{"path": …}, …]'`, as
+`--method self_positioning` finds the weights on a probe set of several tasks: `--probe.data '[{"path": …}, …]'`, as
 jobs/train.py takes datasets. All other methods take the weights given, or equal ones.
 """
 
@@ -14,13 +14,14 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 from pydantic import Field, model_validator
 
-from embedlib.artifact import fingerprint, is_finished, model_fingerprint, new_artifact
+from embedlib.artifact import fingerprint, is_finished, mark_of, model_fingerprint, new_artifact
 from embedlib.config import Config
 from embedlib.contrastive import ContrastiveConfig, contrast, load_encoder, start_contrast
 from embedlib.dataset import ContrastiveSet
 from embedlib.distillation import load_student, write_trained
 from embedlib.errors import ConfigError
 from embedlib.merging import SelfPositioning, Weights, linear, slerp, task_arithmetic, ties
+from embedlib.objective import InfoNCEConfig, ObjectiveConfig
 from embedlib.pretrained import pretrained_directory
 from embedlib.training import OptimizerConfig
 from embedlib.training_texts import TrainingData
@@ -35,10 +36,27 @@ class ProbeConfig(Config):
 
     data: list[TrainingData] = Field(default_factory=list)
     """Samples of the tasks that the merged model is for; few thousand are enough."""
-    training: ContrastiveConfig = ContrastiveConfig(
-        batch_size=64, optimizer=OptimizerConfig(learning_rate=0.02, max_grad_norm=1e9)
-    )
-    """Objective, batches and steps of the search; the learning rate is that of the merge weights."""
+    learning_rate: float = Field(default=0.02, gt=0)
+    """Of the merge weights."""
+    epochs: int = Field(default=1, ge=1)
+    """Passes over the samples."""
+    batch_size: int = Field(default=64, ge=2)
+    """Samples of a step."""
+    temperature: float = Field(default=0.05, gt=0)
+    """Of InfoNCE, which is what is minimised."""
+    seed: int = 0
+    """Decides the order of the samples."""
+
+    @property
+    def training(self) -> ContrastiveConfig:
+        """The search as training: the gradient of the weights is not cut, since it is not they that move."""
+        return ContrastiveConfig(
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            objective=ObjectiveConfig(info_nce=InfoNCEConfig(temperature=self.temperature)),
+            optimizer=OptimizerConfig(learning_rate=self.learning_rate, max_grad_norm=1e9),
+            seed=self.seed,
+        )
 
 
 class MergeConfig(Config):
@@ -94,8 +112,9 @@ def merge(config: MergeConfig) -> Path:
     every = [*directories, *([base_directory] if base_directory else [])]
     marks = [model_fingerprint(directory) for directory in every]
     probe = make_probe(config, every[-1]) if config.method == "self_positioning" else None
-    values = config.model_dump(mode="json", exclude={"output", "models", "base"})
-    mark = fingerprint(models=marks, config=values)
+    values = config.model_dump(mode="json", exclude={"output", "models", "base", "probe"})
+    values["probe"] = config.probe.model_dump(mode="json", exclude={"data"})
+    mark = fingerprint(models=marks, probe=mark_of(probe) if probe else None, config=values)
     target = config.directory / "model"
     if is_finished(target, mark):
         return target
@@ -109,7 +128,8 @@ def merge(config: MergeConfig) -> Path:
         found,
     ):
         if probe:
-            merged, found["weights"] = self_positioned(config, every[-1], base or {}, models, probe)
+            samples = ContrastiveSet.open(probe)
+            merged, found["weights"] = self_positioned(config, every[-1], base or {}, models, samples)
         else:
             merged = combined(config, base or {}, models)
         write_trained(scratch, every[-1], merged)
@@ -130,8 +150,8 @@ def combined(config: MergeConfig, base: Weights, models: Sequence[Weights]) -> W
             return linear(models, config.weights or equal)
 
 
-def make_probe(config: MergeConfig, base: Path) -> ContrastiveSet:
-    """The probe set, tokenised for the base."""
+def make_probe(config: MergeConfig, base: Path) -> Path:
+    """The probe set, tokenised for the base, as a directory of arrays."""
     job = TrainConfig(
         output=config.output / "probe",
         model=str(base),
@@ -139,7 +159,7 @@ def make_probe(config: MergeConfig, base: Path) -> ContrastiveSet:
         training=config.probe.training,
         validation_share=0.001,
     )
-    return ContrastiveSet.open(make_dataset(job, {"model": base}, {"model": model_fingerprint(base)}, make_texts(job)))
+    return make_dataset(job, {"model": base}, {"model": model_fingerprint(base)}, make_texts(job))
 
 
 def self_positioned(

@@ -1,4 +1,4 @@
-"""Several jobs in a row: `python jobs/recipe.py jobs/runs/bangla_e5.yaml --paths.pairs pairs.parquet`.
+"""Several jobs in a row: `python jobs/recipe.py jobs/runs/bangla_e5.yaml --paths pairs=pairs.parquet`.
 
 A stage is a job with its values. `{name}` in a value is what the stage `name` makes, or a path given under `paths`. All
 values are checked before the first stage runs. Each job skips what it has finished, so a recipe that was cut off, or

@@ -11,13 +11,13 @@ from jobs.cli import run_job  # isort: skip (takes jobs/ off sys.path before any
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from embedlib.artifact import fingerprint, is_finished, mark_of, model_fingerprint, new_artifact
 from embedlib.batching import TokenIds
@@ -38,8 +38,8 @@ from embedlib.dataset import (
 from embedlib.distillation import resolve_dtype, write_trained
 from embedlib.embedding import VectorsConfig
 from embedlib.encoder import Encoder
-from embedlib.errors import ConfigError, DataError
-from embedlib.model_directory import read_prompts
+from embedlib.errors import DataError
+from embedlib.model_directory import read_prompts, write_trained_dimensions
 from embedlib.pretrained import pretrained_directory
 from embedlib.sampling import temperature_shares
 from embedlib.sources import rejected_table
@@ -75,6 +75,27 @@ class TrainConfig(Config):
     """How the steps are spread over the cluster."""
     max_characters: int = Field(default=10_000, ge=1)
     """Longer texts go to the quarantine, with the samples they are queries or positives of."""
+
+    @model_validator(mode="after")
+    def _objective_has_what_it_needs(self) -> Self:
+        objective, every = self.training.objective, self.datasets
+        scores = bool(objective.scores.margin_mse or objective.scores.divergence)
+        for key, wanted, there in (
+            ("guide", objective.guide is not None, self.guide is not None),
+            ("teacher", objective.distil.weight > 0, self.teacher is not None),
+            ("datasets.positive_scores", scores, all(data.positive_scores for data in every)),
+            ("datasets.label", objective.cosent.weight > 0, all(data.label for data in every)),
+            ("datasets.negatives", objective.triplet.weight > 0, all(data.negatives for data in every)),
+        ):
+            if wanted and not there:
+                raise ValueError(f"{key}: none; training.objective has a term that needs it")
+        for key, given, used in (
+            ("guide", self.guide, objective.guide is not None),
+            ("teacher", self.teacher, objective.distil.weight > 0),
+        ):
+            if given and not used:
+                raise ValueError(f"{key}: {given!r}, but training.objective has no term that asks it")
+        return self
 
     @property
     def directory(self) -> Path:
@@ -115,7 +136,6 @@ def train_worker(values: dict[str, Any]) -> None:
 
 def train(config: TrainConfig) -> Path:
     """Run the stages that are not finished, on the cluster joined before; the directory of the trained model."""
-    check(config)
     models = {"model": pretrained_directory(config.model)}
     models |= {
         name: pretrained_directory(path)
@@ -126,25 +146,6 @@ def train(config: TrainConfig) -> Path:
     texts = make_texts(config)
     dataset = make_dataset(config, models, parents, texts)
     return make_model(config, models["model"], parents["model"], dataset)
-
-
-def check(config: TrainConfig) -> None:
-    """Refuse an objective that lacks what it needs."""
-    objective = config.training.objective
-    every = [*config.datasets]
-    for key, wanted, there in (
-        ("guide", objective.guide is not None, config.guide is not None),
-        ("teacher", objective.distil.weight > 0, config.teacher is not None),
-        (
-            "datasets.positive_scores",
-            bool(objective.scores.margin_mse or objective.scores.divergence),
-            all(data.positive_scores for data in every),
-        ),
-        ("datasets.label", objective.cosent.weight > 0, all(data.label for data in every)),
-        ("datasets.negatives", objective.triplet.weight > 0, all(data.negatives for data in every)),
-    ):
-        if wanted and not there:
-            raise ConfigError(f"{key}: none; training.objective has a term that needs it")
 
 
 def make_texts(config: TrainConfig) -> Path:
@@ -165,6 +166,7 @@ def make_texts(config: TrainConfig) -> Path:
         found = read_training_texts(config.datasets, config.max_characters)
         if config.validation:
             apart = read_training_texts(config.validation, config.max_characters)
+            found.rejected.extend(apart.rejected)
         else:
             found, apart = split(found, config.validation_share)
         for target, part in ((scratch, found), (scratch / "validation", apart)):
@@ -313,6 +315,8 @@ def make_model(config: TrainConfig, initial: Path, initial_mark: str, dataset: P
     kept = config.model_dump(mode="json")
     with new_artifact(directory, "model", mark, parents=parents, config=kept) as (scratch, measurements):
         write_trained(scratch, initial, state["averaged"] or weights)
+        if config.training.objective.dimensions:
+            write_trained_dimensions(scratch, config.training.objective.dimensions)
         measurements |= read_history(log, VALIDATION)
     return directory
 

@@ -40,7 +40,7 @@ class WorkersConfig(Config):
     max_workers: int | None = Field(default=None, ge=1)
     """Up to so many where the cluster has room for them, and more when a node joins; none: num_workers, always."""
     validate_every: int = Field(default=200, ge=1)
-    """Steps between two validations."""
+    """Steps between two validations; with patience every checkpoint is validated instead."""
     checkpoint_every: int = Field(default=200, ge=1)
     """Steps between two checkpoints: what a crash can cost."""
     patience: int | None = Field(default=None, ge=1)
@@ -88,7 +88,7 @@ def run_worker(trained: Trained, workers: WorkersConfig, log: Path, what: str) -
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             trained.model.load_state_dict(load_file(Path(folder) / WEIGHTS))
-            state.load_state_dict(torch.load(Path(folder) / STATE, weights_only=True))
+            state.load_state_dict(torch.load(Path(folder) / STATE, weights_only=True, map_location="cpu"))
     if rank == 0:
         forget_after(log, state.step)
     if several:
@@ -110,10 +110,11 @@ def run_worker(trained: Trained, workers: WorkersConfig, log: Path, what: str) -
                 record |= {"loss": float(totals[0]) / len(window), "tokens_per_s": float(totals[1]) / seconds}
                 record |= {"grad_norm": step.result.grad_norm, "learning_rate": state.optimizer.param_groups[0]["lr"]}
                 window, start = [], time.perf_counter()
+            # The best is chosen among checkpoints: where one is waited for, they are what is validated.
             keeps = step.step % workers.checkpoint_every == 0 or last
-            # The best is chosen among checkpoints, so each of them is validated.
-            if step.step % workers.validate_every == 0 or last or (keeps and workers.patience):
-                record[trained.metric] = trained.validate(state)
+            if keeps if workers.patience else step.step % workers.validate_every == 0 or last:
+                with state.averaged_weights():
+                    record[trained.metric] = first_process_value(trained.validate(state), device)
                 last = last or waits.after(record[trained.metric])
             if rank == 0 and len(record) > 1:
                 history.write(json.dumps(record) + "\n")
@@ -125,6 +126,14 @@ def run_worker(trained: Trained, workers: WorkersConfig, log: Path, what: str) -
                 save_checkpoint(trained.model, state, record, is_writer=rank == 0)
             if last:
                 break
+
+
+def first_process_value(value: float, device: torch.device) -> float:
+    """What the first process has, in all of them: they must agree, to the last bit, on when to stop."""
+    shared = torch.tensor(value, device=device, dtype=torch.float64)
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast(shared, 0)
+    return float(shared)
 
 
 class Patience:
@@ -241,4 +250,6 @@ def fit(
         checkpoint, _ = max(result.best_checkpoints or [], key=lambda kept: kept[1][metric])
     assert checkpoint is not None  # noqa: S101 (the last step always reports one)
     with checkpoint.as_directory() as folder:
-        return load_file(Path(folder) / WEIGHTS), torch.load(Path(folder) / STATE, weights_only=True)
+        return load_file(Path(folder) / WEIGHTS), torch.load(
+            Path(folder) / STATE, weights_only=True, map_location="cpu"
+        )

@@ -84,6 +84,11 @@ def config_for(objective: str, **values: Any) -> ContrastiveConfig:
     return ContrastiveConfig.model_validate(settings | values)
 
 
+CONFIGS = {name: config_for(name) for name in OBJECTIVES} | {
+    "frozen": config_for("plain", optimizer={"learning_rate": 1e-3, "frozen_blocks": 2, "max_grad_norm": 1e9})
+}
+
+
 def run(encoder: Path, config: ContrastiveConfig) -> dict[str, Any]:
     """Train; each step's loss and gradients, and the weights in the end."""
     torch.manual_seed(0)
@@ -145,10 +150,10 @@ def work(number: int, folder: Path, encoder: Path) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=number, world_size=2)
     found = {}
-    for objective in OBJECTIVES:
+    for name, config in CONFIGS.items():
         for tokens in (10**6, 0):
             training.WHOLE_GRAPH_TOKENS = tokens
-            found[objective, tokens] = run(encoder, config_for(objective))
+            found[name, tokens] = run(encoder, config)
     torch.save(found, folder / f"{number}.pt")
     distributed.destroy_process_group()
 
@@ -156,9 +161,9 @@ def work(number: int, folder: Path, encoder: Path) -> None:
 def test_two_processes_are_one_on_the_joined_batch(tiny_encoder: Path, tmp_path: Path) -> None:
     multiprocessing.spawn(work, (tmp_path, tiny_encoder), nprocs=2)
     first, second = (torch.load(tmp_path / f"{number}.pt", weights_only=False) for number in range(2))
-    for objective, tokens in first:
-        alone = run(tiny_encoder, config_for(objective))
-        here, there = first[objective, tokens], second[objective, tokens]
+    for name, tokens in first:
+        alone = run(tiny_encoder, CONFIGS[name])
+        here, there = first[name, tokens], second[name, tokens]
         joined = here | {"losses": [a + b for a, b in zip(here["losses"], there["losses"], strict=True)]}
         assert_alike(joined, alone)
         assert [sorted(a + b) for a, b in zip(here["ids"], there["ids"], strict=True)] == [

@@ -7,6 +7,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from torch.nn import functional
 
+from embedlib.errors import ConfigError
 from embedlib.objective import Objective, ObjectiveConfig, Samples
 
 # Two samples over six texts: queries 0 and 1, positives 2 and 3, negatives 4, 5 and 4.
@@ -127,3 +128,26 @@ def test_sentence_transformers_has_the_same_value(directions: list[str], partiti
     samples = Samples(rows, 4 + rows, (8 + rows)[:, None])
     found = objective(info_nce=settings)(vectors, samples, slice(0, 4)).mean()
     torch.testing.assert_close(found, peer.compute_loss_from_embeddings([vectors[:4], vectors[4:8], vectors[8:]], None))
+
+
+def test_what_answers_a_twin_is_no_negative() -> None:
+    # Both samples ask the same; the second's positive would be the first's hardest negative.
+    twins = Samples(torch.tensor([0, 0]), torch.tensor([2, 3]), torch.tensor([[4], [4]]))
+    scores = cosines()[0] / 0.05
+    found = objective()(VECTORS, twins, WHOLE)
+    for sample, positive in enumerate((2, 3)):
+        expected = functional.cross_entropy(scores[[positive, 4]][None], torch.tensor([0]))
+        torch.testing.assert_close(found[sample], expected)
+
+
+def test_a_query_is_not_its_own_negative() -> None:
+    # The first query is a negative of the second sample, as in data whose sides have one prompt.
+    symmetric = Samples(torch.tensor([0, 1]), torch.tensor([2, 3]), torch.tensor([[-1], [0]]))
+    scores = cosines()[0, [2, 3]] / 0.05
+    found = objective()(VECTORS, symmetric, WHOLE)
+    torch.testing.assert_close(found[0], functional.cross_entropy(scores[None], torch.tensor([0])))
+
+
+def test_a_prefix_wider_than_the_vectors_is_refused() -> None:
+    with pytest.raises(ConfigError, match="dimensions: 16"):
+        objective(dimensions=[16])

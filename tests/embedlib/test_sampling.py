@@ -15,16 +15,21 @@ samples = st.lists(
 
 
 @given(samples, st.integers(1, 9), st.integers(0, 3))
-def test_every_sample_once_no_text_twice_one_group_a_batch(
+def test_every_sample_once_twins_apart_one_group_a_batch(
     rows: list[tuple[int, int, int, int]], batch_size: int, epoch: int
 ) -> None:
     plan = plan_of([group for group, *_ in rows], [list(texts) for _, *texts in rows], batch_size)
     batches = plan.epoch(epoch)
     assert sorted(np.concatenate(batches).tolist()) == list(range(len(rows)))
+    with_twins = 0
     for batch in batches:
         assert len(set(plan.groups[batch].tolist())) == 1
+        assert len(batch) < 2 * batch_size
         texts = [text for sample in batch for text in set(plan.texts[sample].tolist()) - {NO_TEXT}]
-        assert len(texts) == len(set(texts))
+        with_twins += len(batch) if len(texts) > len(set(texts)) else 0
+    # Twins come together only among those left over, of which there are none where no text is common.
+    most_common = max(np.bincount(plan.texts[plan.texts != NO_TEXT]))
+    assert with_twins == 0 or most_common > 1
 
 
 def test_batches_are_full_where_texts_allow_it() -> None:
@@ -53,3 +58,11 @@ def test_shares_draw_more_of_small_groups_and_lose_none_over_epochs() -> None:
     # Shuffles are gone through to their end before the next: nothing comes a second time before all came once.
     assert set(two_epochs[:900].tolist()) == {1, 2}
     assert set(two_epochs[900:].tolist()) == {10}
+
+
+def test_a_text_that_is_everywhere_costs_no_batches_of_one() -> None:
+    texts = [[row if row % 10 else 0, 5000 + row] for row in range(2000)]
+    sizes = [len(batch) for batch in plan_of([0] * 2000, texts, 64).epoch(0)]
+    assert sum(sizes) == 2000
+    assert len(sizes) <= 2000 / 64 + 5
+    assert min(sizes) > 10

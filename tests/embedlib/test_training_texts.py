@@ -136,6 +136,17 @@ def test_languages_are_chosen_before_rows_are_counted(tmp_path: Path) -> None:
         ({"query": [""], "positive": ["b"]}, {}, "no row that can be used; 1 rejected"),
         ({"query": ["a"], "positive": ["b"], "s": [float("nan")]}, {"label": "s"}, "not finite"),
         (
+            {
+                "query": ["a", "b"],
+                "positive": ["A", "B"],
+                "s": [0.5, 0.5],
+                "n": [["c", "d"], ["e"]],
+                "t": [[0.1], [0.2, 0.3]],
+            },
+            {"negatives": "n", "positive_scores": "s", "negative_scores": "t"},
+            "row 0: 't' is not as long as 'n'",
+        ),
+        (
             {"query": ["a"], "positive": ["b"], "n": [["c"]], "s": [0.5]},
             {"negatives": "n", "positive_scores": "s"},
             "negative_scores",
@@ -148,3 +159,12 @@ def test_what_cannot_be_read_is_named(
     path = written(tmp_path / "data.parquet", **columns)
     with pytest.raises(DataError, match=message):
         read_training_texts([TrainingData.model_validate({"path": path, **settings})], 100)
+
+
+def test_rows_without_positives_are_told_and_own_texts_are_no_negatives(tmp_path: Path) -> None:
+    path = written(
+        tmp_path / "data.parquet", query=["a", "b", "c"], positive=[["A"], [], None], n=[["A", "a", "X"], [], []]
+    )
+    found = read_training_texts([TrainingData(path=path, negatives="n", document_prompt="query")], 100)
+    assert spelled(found) == [["query:a", "query:A", "query:X"]]
+    assert [(row.row, row.reason) for row in found.rejected] == [(1, "positive: none"), (2, "positive: none")]
