@@ -265,7 +265,7 @@ def agreement(
         only_there = sorted(there[text] for text in there.keys() - here.keys())
         gap = max(map(abs, np.subtract(only_here, only_there)), default=0.0) if len(here) == len(there) else np.inf
         same += not only_here and not only_there
-        ties += bool(only_here) and gap <= TIE
+        ties += bool(only_here and gap <= TIE)
         others += bool(gap > TIE)
         farthest = max(farthest, float(gap)) if np.isfinite(gap) else farthest
     return {

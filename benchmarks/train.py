@@ -44,6 +44,7 @@ from embedlib.encoder import Encoder, default_device
 
 LEARNING_RATE, TEMPERATURE = 2e-5, 0.05
 MEMORY_BATCHES, QUICK_MEMORY_BATCHES = (256, 1024, 4096, 8192), (64, 256)
+MEMORY_TOKENS = 32
 STEP_COST_BATCH = 256
 MINI_BATCH = 64
 
@@ -152,13 +153,14 @@ def prepare(work: Path, source: Path | None, num_pairs: int) -> None:
     np.savez(work / "tokens.npz", tokens=np.concatenate(tokens), lengths=[len(ids) for ids in tokens])
 
 
-def read_samples(work: Path, num_pairs: int) -> ContrastiveSet:
-    """The first pairs as samples."""
+def read_samples(work: Path, num_pairs: int, max_tokens: int | None = None) -> ContrastiveSet:
+    """The first pairs as samples, their texts cut at `max_tokens`."""
     saved = np.load(work / "tokens.npz")
-    offsets = np.cumsum([0, *saved["lengths"]])
+    texts = [ids[:max_tokens] for ids in np.split(saved["tokens"], np.cumsum(saved["lengths"])[:-1])]
+    offsets = np.cumsum([0, *map(len, texts)])
     rows = np.arange(num_pairs)
     samples = np.stack([rows, (len(offsets) - 1) // 2 + rows], axis=1)
-    return ContrastiveSet(saved["tokens"], offsets, samples, np.zeros(num_pairs, np.int64), np.ones(1))
+    return ContrastiveSet(np.concatenate(texts), offsets, samples, np.zeros(num_pairs, np.int64), np.ones(1))
 
 
 def config_for(batch_size: int, dtype: str, dropout: bool) -> ContrastiveConfig:
@@ -230,8 +232,11 @@ def rate_of(ends: Sequence[float], settings: Settings) -> float:
 
 
 def peak_of_a_step(work: Path, batch_size: int) -> int:
-    """The most memory that a process holds while it takes one step with so many pairs."""
-    samples = read_samples(work, batch_size)
+    """The most memory that a process holds while it takes one step with so many pairs.
+
+    Texts are cut, so that the longest, whose attention takes the most, is as long in a small batch as in a large one.
+    """
+    samples = read_samples(work, batch_size, MEMORY_TOKENS)
     config = config_for(batch_size, "auto", dropout=False)
     process = psutil.Process()
     with watched_memory(lambda: process.memory_info().rss) as peak:

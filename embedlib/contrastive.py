@@ -37,8 +37,9 @@ from embedlib.training import (
     optimise,
 )
 
-# Samples whose scores against the whole batch are held at a time.
-LOSS_ROWS = 512
+# Scores against the whole batch that are held at a time, and queries of a validation.
+LOSS_SCORES = 1 << 20
+RANKED_QUERIES = 512
 MRR_DEPTH = 10
 
 
@@ -111,7 +112,8 @@ def contrast(state: TrainState, dataset: ContrastiveSet, config: ContrastiveConf
 
 def batch_loss(objective: nn.Module, samples: Samples, in_order: torch.Tensor, rows: range) -> BatchLoss:
     """The loss of the samples `rows` of a batch; `in_order` brings the vectors of all processes into its order."""
-    most = len(samples.queries) if objective.is_whole else LOSS_ROWS
+    num_documents = len(samples.queries) * (1 + samples.negatives.shape[1])
+    most = len(samples.queries) if objective.is_whole else max(1, LOSS_SCORES // num_documents)
 
     def of_batch(vectors: torch.Tensor, own: slice) -> Iterator[torch.Tensor]:
         for first in range(rows.start, rows.stop, most):
@@ -154,8 +156,8 @@ def retrieval_mrr(model: nn.Module, dataset: ContrastiveSet, dtype: torch.dtype)
     documents = np.searchsorted(used, documents[documents >= 0])
     distinct, of_query = np.unique(queries, return_inverse=True)
     total = 0.0
-    for first in range(0, len(distinct), LOSS_ROWS):
-        some = slice(first, min(first + LOSS_ROWS, len(distinct)))
+    for first in range(0, len(distinct), RANKED_QUERIES):
+        some = slice(first, min(first + RANKED_QUERIES, len(distinct)))
         scores = vectors[distinct[some]] @ vectors[documents].T
         answers = torch.zeros_like(scores, dtype=torch.bool)
         there = (of_query >= some.start) & (of_query < some.stop)

@@ -368,6 +368,7 @@ class Backward(NamedTuple):
                 chances.append(self._chance())
                 parts.append(self.embed(rows))
         own_part, gradient = self._by_vectors(parts, micro_batches)
+        parts.clear()
         after = self._chance()
         for rows, chance in zip(_exchanging_last(self.model, micro_batches), chances, strict=True):
             self._replay(chance)
