@@ -7,6 +7,8 @@ import numpy.typing as npt
 import torch
 
 TokenIds = npt.NDArray[np.int32]
+NO_TEXT = -1
+"""In the place of a text's number where a sample has fewer texts than others."""
 
 
 def token_budget_batches(lengths: npt.NDArray[np.int64], budget: int) -> Iterator[npt.NDArray[np.int64]]:

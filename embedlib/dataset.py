@@ -15,9 +15,9 @@ import numpy.typing as npt
 import torch
 from numpy.lib.format import open_memmap as open_sparse_memmap
 
-from embedlib.batching import TokenIds
+from embedlib.batching import NO_TEXT, TokenIds
 from embedlib.errors import DataError
-from embedlib.objective import NO_TEXT, Samples
+from embedlib.objective import Samples
 
 TOKENS, OFFSETS, VECTORS = "tokens.npy", "offsets.npy", "vectors.npy"
 SAMPLES, GROUPS, SHARES, SCORES, LABELS = "samples.npy", "groups.npy", "shares.npy", "scores.npy", "labels.npy"

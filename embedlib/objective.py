@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from torch import nn
 from torch.nn import functional
 
+from embedlib.batching import NO_TEXT
 from embedlib.config import Config
 from embedlib.errors import ConfigError
 from embedlib.losses import (
@@ -25,7 +26,6 @@ from embedlib.losses import (
 )
 
 Direction = Literal["query_to_document", "document_to_query", "query_to_query", "document_to_document"]
-NO_TEXT = -1
 
 
 class InfoNCEConfig(Config):

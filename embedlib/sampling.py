@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from embedlib.objective import NO_TEXT
+from embedlib.batching import NO_TEXT
 
 # Where many samples share a text a batch may stay short: it is not worth looking through all of them.
 MOST_PASSED_OVER = 8

@@ -14,9 +14,9 @@ import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
 from embedlib.artifact import MANIFEST_NAME
+from embedlib.batching import NO_TEXT
 from embedlib.config import Config
 from embedlib.errors import DataError
-from embedlib.objective import NO_TEXT
 from embedlib.sources import ColumnsConfig, Part, Rejected, check_texts, input_files, is_parquet, open_parquet
 from embedlib.storage import Store
 

@@ -2,7 +2,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedlib.sampling import NO_TEXT, BatchPlan, temperature_shares
+from embedlib.batching import NO_TEXT
+from embedlib.sampling import BatchPlan, temperature_shares
 
 
 def plan_of(groups: list[int], texts: list[list[int]], batch_size: int, seed: int = 0) -> BatchPlan:
