@@ -12,7 +12,7 @@ from faiss.contrib.ivf_tools import search_preassigned
 
 from embedlib.errors import ConfigError, DataError
 
-# FAISS wants 39 at least; with 256 training takes four times as long and recall is the same.
+# FAISS wants 39 at least, and time grows with them; what recall comes of it, the job measures.
 TRAINING_VECTORS_A_LIST = 64
 DEFAULT_LISTS = 1024
 
