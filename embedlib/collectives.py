@@ -47,3 +47,12 @@ def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
     if world_size() > 1:
         distributed.all_reduce(values)
     return values
+
+
+def from_first_process(value: float, device: torch.device) -> float:
+    """What the first process has, in all of them: where they must agree to the last bit, as on when to stop."""
+    if world_size() == 1:
+        return value
+    shared = torch.tensor(value, device=device, dtype=torch.float64)
+    distributed.broadcast(shared, 0)
+    return float(shared)

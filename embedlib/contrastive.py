@@ -17,9 +17,9 @@ from embedlib.config import Config
 from embedlib.dataset import ContrastiveSet
 from embedlib.distillation import (
     CPU_MICRO_BATCH_TOKENS,
-    CUDA_MICRO_BATCH_TOKENS,
     Step,
     load_student,
+    resolve_budget,
     resolve_dtype,
     unwrapped,
 )
@@ -94,9 +94,8 @@ def start_contrast(model: nn.Module, dataset: ContrastiveSet, config: Contrastiv
 def contrast(state: TrainState, dataset: ContrastiveSet, config: ContrastiveConfig) -> Iterator[Step]:
     """Take the steps that are left, one each time the caller asks for the next."""
     device = next(state.model.parameters()).device
-    dtype = resolve_dtype(config.dtype, device)
-    budget = config.micro_batch_tokens or (CUDA_MICRO_BATCH_TOKENS if device.type == "cuda" else CPU_MICRO_BATCH_TOKENS)
-    arithmetic = Arithmetic(budget, dtype, unwrapped(state.model).collate)
+    budget = resolve_budget(config.micro_batch_tokens, device)
+    arithmetic = Arithmetic(budget, resolve_dtype(config.dtype, device), unwrapped(state.model).collate)
     for rows in batches_after(batch_plan(dataset, config), state.step, config.epochs):
         texts, samples = dataset.batch(rows, device)
         # Every process embeds something: a batch of fewer texts than processes has some of them twice.

@@ -29,6 +29,7 @@ from embedlib.training import (
     SampleOrder,
     StepResult,
     TrainState,
+    bare,
     build_optimizer,
     share_of_rank,
     train_step,
@@ -95,7 +96,7 @@ def distil(state: TrainState, dataset: DistillationSet, config: DistillationConf
     """Take the steps that are left, one each time the caller asks for the next."""
     device = next(state.model.parameters()).device
     dtype = resolve_dtype(config.dtype, device)
-    budget = config.micro_batch_tokens or (CUDA_MICRO_BATCH_TOKENS if device.type == "cuda" else CPU_MICRO_BATCH_TOKENS)
+    budget = resolve_budget(config.micro_batch_tokens, device)
     student = unwrapped(state.model)
     order = SampleOrder(len(dataset), config.batch_size, config.seed)
     for rows in order.batches(state.step, state.total_steps):
@@ -107,9 +108,14 @@ def distil(state: TrainState, dataset: DistillationSet, config: DistillationConf
 
 def unwrapped(model: nn.Module) -> SentenceVectors:
     """The student itself, where it is wrapped for distributed training."""
-    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    inner = bare(model)
     assert isinstance(inner, SentenceVectors)  # noqa: S101 (narrows the type)
     return inner
+
+
+def resolve_budget(micro_batch_tokens: int | None, device: torch.device) -> int:
+    """Padded tokens of one forward and backward: as given, or fit for the device."""
+    return micro_batch_tokens or (CUDA_MICRO_BATCH_TOKENS if device.type == "cuda" else CPU_MICRO_BATCH_TOKENS)
 
 
 def resolve_dtype(name: Literal["auto", "float32", "bfloat16"], device: torch.device) -> torch.dtype:

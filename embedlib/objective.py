@@ -4,6 +4,7 @@ Teachers, guides and the frozen base come in as cached vectors of the batch's te
 while one is trained.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -138,6 +139,18 @@ class Samples(NamedTuple):
     """(texts, dim) vectors of the model before this stage."""
 
 
+class Contrast(NamedTuple):
+    """One direction of InfoNCE for some samples, by the numbers of texts: `Against` before there are scores."""
+
+    left: torch.Tensor
+    """(rows,)."""
+    right: torch.Tensor
+    """(columns,)."""
+    own: torch.Tensor
+    masked: torch.Tensor
+    has_positive: bool
+
+
 class Objective(nn.Module):
     """The losses of a configuration; its weights are the projections to a teacher of another width."""
 
@@ -162,16 +175,24 @@ class Objective(nn.Module):
 
     def forward(self, vectors: torch.Tensor, samples: Samples, rows: slice) -> torch.Tensor:
         """Losses (len(rows),) of those samples, from the pooled vectors (texts, dim) of the whole batch."""
-        losses = [self._at(dim, vectors[:, :dim], samples, rows) for dim in self.dimensions]
+        contrasts = self._contrasts(samples, rows) if self.config.info_nce.weight else []
+        losses = [self._at(dim, vectors[:, :dim], samples, rows, contrasts) for dim in self.dimensions]
         return torch.stack(losses).mean(dim=0)
 
-    def _at(self, dim: int, vectors: torch.Tensor, samples: Samples, rows: slice) -> torch.Tensor:
+    def _at(
+        self, dim: int, vectors: torch.Tensor, samples: Samples, rows: slice, contrasts: Sequence[Contrast]
+    ) -> torch.Tensor:
         config, unit = self.config, functional.normalize(vectors, dim=-1)
         queries, positives = samples.queries[rows], samples.positives[rows]
         positive = (unit[queries] * unit[positives]).sum(dim=-1)
         total = unit.new_zeros(len(queries))
         if config.info_nce.weight:
-            total = total + config.info_nce.weight * self._info_nce(unit, positive, samples, rows)
+            against = [
+                Against(unit[each.left] @ unit[each.right].T, each.own, each.masked, each.has_positive)
+                for each in contrasts
+            ]
+            loss = info_nce(positive, against, config.info_nce.temperature, config.info_nce.partition)
+            total = total + config.info_nce.weight * loss
         if config.triplet.weight:
             negatives = _own_negatives(unit, samples, rows)
             total = total + config.triplet.weight * triplet(positive, negatives, config.triplet.margin)
@@ -191,10 +212,10 @@ class Objective(nn.Module):
             total = total + config.cosent.weight * cosent(every, labels, config.cosent.temperature)
         return total
 
-    def _info_nce(self, unit: torch.Tensor, positive: torch.Tensor, samples: Samples, rows: slice) -> torch.Tensor:
-        config = self.config.info_nce
+    def _contrasts(self, samples: Samples, rows: slice) -> list[Contrast]:
+        """What is told apart from what: the same at every prefix."""
         documents = torch.cat([samples.positives, samples.negatives[samples.negatives != NO_TEXT]]).unique()
-        own_query = torch.arange(rows.start, rows.start + len(positive), device=unit.device)
+        own_query = torch.arange(rows.start, rows.stop, device=documents.device)
         own_document = torch.searchsorted(documents, samples.positives[rows])
         sides = {
             "query_to_document": (samples.queries, documents, own_document),
@@ -207,17 +228,17 @@ class Objective(nn.Module):
             samples.positives[rows][:, None] == samples.positives
         )
         columns = torch.searchsorted(documents, samples.positives).expand_as(alike)
-        answers = torch.zeros(len(alike), len(documents), dtype=torch.uint8, device=unit.device)
+        answers = torch.zeros(len(alike), len(documents), dtype=torch.uint8, device=documents.device)
         answers = answers.scatter_reduce(1, columns, alike.to(torch.uint8), "amax").bool()
-        against = []
-        for direction in config.directions:
+        contrasts = []
+        for direction in self.config.info_nce.directions:
             left, right, own = sides[direction]
             masked = (answers if right is documents else alike) | (left[rows][:, None] == right)
             if self.config.guide:
                 masked |= self._masked(left[rows], right, samples, rows, self.config.guide)
             between = direction in ("query_to_document", "document_to_query")
-            against.append(Against(unit[left[rows]] @ unit[right].T, own, masked, between))
-        return info_nce(positive, against, config.temperature, config.partition)
+            contrasts.append(Contrast(left[rows], right, own, masked, between))
+        return contrasts
 
     def _masked(
         self, left: torch.Tensor, right: torch.Tensor, samples: Samples, rows: slice, config: GuideConfig

@@ -98,16 +98,11 @@ class TrainState:
         """All weights that are trained."""
         return [each for part in (self.model, self.head) for each in part.parameters() if each.requires_grad]
 
-    @property
-    def inner(self) -> nn.Module:
-        """The model itself, where it is wrapped for several processes."""
-        return self.model.module if isinstance(self.model, nn.parallel.DistributedDataParallel) else self.model
-
     def follow(self) -> None:
         """Move the running average towards the weights."""
         if self.config.average is None:
             return
-        for name, weights in self.inner.state_dict().items():
+        for name, weights in bare(self.model).state_dict().items():
             if name in self.averaged:
                 self.averaged[name].lerp_(weights, 1 - self.config.average)
             else:
@@ -119,12 +114,12 @@ class TrainState:
         if not self.averaged:
             yield
             return
-        own = {name: weights.clone() for name, weights in self.inner.state_dict().items()}
-        self.inner.load_state_dict(self.averaged)
+        own = {name: weights.clone() for name, weights in bare(self.model).state_dict().items()}
+        bare(self.model).load_state_dict(self.averaged)
         try:
             yield
         finally:
-            self.inner.load_state_dict(own)
+            bare(self.model).load_state_dict(own)
 
     def state_dict(self) -> dict[str, Any]:
         """Optimiser, step, random state, head and average; weights are saved apart, as safetensors."""
@@ -144,6 +139,11 @@ class TrainState:
         device = next(self.model.parameters()).device
         self.averaged = {name: weights.to(device) for name, weights in state["averaged"].items()}
         torch.set_rng_state(state["rng"])
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model itself, where it is wrapped for several processes."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, head: nn.Module | None = None) -> torch.optim.AdamW:

@@ -21,7 +21,7 @@ from ray.train.torch import TorchTrainer
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 
-from embedlib.collectives import all_reduce_sum
+from embedlib.collectives import all_reduce_sum, from_first_process
 from embedlib.config import Config
 from embedlib.distillation import Step
 from embedlib.errors import ConfigError
@@ -114,7 +114,7 @@ def run_worker(trained: Trained, workers: WorkersConfig, log: Path, what: str) -
             keeps = step.step % workers.checkpoint_every == 0 or last
             if keeps if workers.patience else step.step % workers.validate_every == 0 or last:
                 with state.averaged_weights():
-                    record[trained.metric] = first_process_value(trained.validate(state), device)
+                    record[trained.metric] = from_first_process(trained.validate(state), device)
                 last = last or waits.after(record[trained.metric])
             if rank == 0 and len(record) > 1:
                 history.write(json.dumps(record) + "\n")
@@ -126,14 +126,6 @@ def run_worker(trained: Trained, workers: WorkersConfig, log: Path, what: str) -
                 save_checkpoint(trained.model, state, record, is_writer=rank == 0)
             if last:
                 break
-
-
-def first_process_value(value: float, device: torch.device) -> float:
-    """What the first process has, in all of them: they must agree, to the last bit, on when to stop."""
-    shared = torch.tensor(value, device=device, dtype=torch.float64)
-    if torch.distributed.is_initialized():
-        torch.distributed.broadcast(shared, 0)
-    return float(shared)
 
 
 class Patience:
@@ -181,17 +173,20 @@ def forget_after(log: Path, step: int) -> None:
         path.write_text("".join(line + "\n" for line in kept))
 
 
+def read_records(log: Path) -> list[dict[str, float]]:
+    """What the log says of each step, oldest first; nothing before the first."""
+    path = log / HISTORY
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def read_validations(log: Path, metric: str) -> list[float]:
     """The validations that the log knows of, oldest first."""
-    if not (log / HISTORY).exists():
-        return []
-    records = (json.loads(line) for line in (log / HISTORY).read_text().splitlines())
-    return [record[metric] for record in records if metric in record]
+    return [record[metric] for record in read_records(log) if metric in record]
 
 
 def read_history(log: Path, metric: str) -> dict[str, list[float]]:
     """Loss and validation by step."""
-    records = [json.loads(line) for line in (log / HISTORY).read_text().splitlines()]
+    records = read_records(log)
     losses = [record for record in records if "loss" in record]
     validations = [record for record in records if metric in record]
     return {
