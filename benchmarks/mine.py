@@ -186,18 +186,23 @@ def demo_pairs() -> pa.Table:
     return pa.Table.from_pandas(english.merge(others, on="group")[["query", "passage"]], preserve_index=False)
 
 
-def write_texts(source: Path | None, directory: Path, num_passages: int, num_queries: int) -> Texts:
-    """Distinct pairs, and further distinct passages, in an order of chance, the same on every machine."""
+def distinct_pairs(source: Path | None, num_pairs: int, asked_by: str) -> pa.Table:
+    """`query` and `passage`, each text once, in an order of chance; ends the process where there are too few."""
     table = read_pairs(source)
     order = np.random.default_rng(0).permutation(len(table))
-    frame = table.take(order).to_pandas().drop_duplicates("query").drop_duplicates("passage").head(num_passages)
-    if len(frame) < num_passages:
+    frame = table.take(order).to_pandas().drop_duplicates("query").drop_duplicates("passage").head(num_pairs)
+    if len(frame) < num_pairs:
         raise SystemExit(
-            f"{source or 'the demo corpus'} has {len(frame)} distinct pairs; --sizes asks for {num_passages}"
+            f"{source or 'the demo corpus'} has {len(frame)} distinct pairs; {asked_by} asks for {num_pairs}"
         )
+    return pa.Table.from_pandas(frame, preserve_index=False)
+
+
+def write_texts(source: Path | None, directory: Path, num_passages: int, num_queries: int) -> Texts:
+    """Distinct pairs, and further distinct passages, in an order of chance, the same on every machine."""
+    pairs = distinct_pairs(source, num_passages, "--sizes")
     directory.mkdir()
     texts = Texts(directory / "pairs.parquet", directory / "corpus.parquet")
-    pairs = pa.Table.from_pandas(frame, preserve_index=False)
     pq.write_table(pairs.slice(0, num_queries), texts.pairs)
     pq.write_table(pairs.slice(num_queries).select(["passage"]).rename_columns(["text"]), texts.corpus)
     return texts

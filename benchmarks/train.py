@@ -36,7 +36,7 @@ from transformers import PrinterCallback
 from benchmarks.command import benchmark_parser, write_result
 from benchmarks.distill import CORPUS_TEXTS, STUDENT, Clock, read_corpus, rows_in_order, write_untrained
 from benchmarks.machine import describe_machine, in_fresh_process, watched_memory
-from benchmarks.mine import read_pairs
+from benchmarks.mine import distinct_pairs
 from embedlib import training
 from embedlib.contrastive import ContrastiveConfig, batch_plan, contrast, load_encoder, start_contrast
 from embedlib.dataset import ContrastiveSet
@@ -140,13 +140,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def prepare(work: Path, source: Path | None, num_pairs: int) -> None:
     """Write the student and the pairs, tokenised and as texts, that every run shares."""
     write_untrained(work, read_corpus(None, CORPUS_TEXTS)[0])
-    table = read_pairs(source)
-    order = np.random.default_rng(0).permutation(len(table))
-    frame = table.take(order).to_pandas().drop_duplicates("query").drop_duplicates("passage").head(num_pairs)
-    if len(frame) < num_pairs:
-        sys.exit(f"{source or 'the demo corpus'}: {len(frame)} distinct pairs; expected {num_pairs}")
+    pairs = distinct_pairs(source, num_pairs, "the benchmark")
     encoder = Encoder.load(work / STUDENT)
-    sides = {"query": frame["query"].tolist(), "passage": frame["passage"].tolist()}
+    sides = {name: pairs[name].to_pylist() for name in ("query", "passage")}
     prompted = {name: [encoder.prompt(name) + text for text in texts] for name, texts in sides.items()}
     (work / "pairs.json").write_text(json.dumps(prompted))
     tokens = [ids for texts in prompted.values() for ids in encoder.tokenise(texts)]

@@ -9,6 +9,7 @@ with a fingerprint of what it was made from; a rerun skips what is finished and 
 
 from jobs.cli import run_job  # isort: skip (takes jobs/ off sys.path before any library is imported)
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -209,6 +210,11 @@ def write_texts(directory: Path, found: TrainingTexts) -> None:
         np.save(directory / file, array)
 
 
+def text_files(texts: Path) -> list[Path]:
+    """The files of stage `texts`, one a prompt, in the order of their texts' numbers."""
+    return [texts / f"texts-{number}.parquet" for number in range(len(list(texts.glob("texts-*.parquet"))))]
+
+
 def prompt_of(file: Path) -> str | None:
     """Name of the prompt that belongs before the texts of a file of stage `texts`."""
     return pq.read_schema(file).metadata[b"prompt"].decode() or None
@@ -216,7 +222,7 @@ def prompt_of(file: Path) -> str | None:
 
 def make_vectors(config: TrainConfig, name: str, model: Path, texts: Path) -> list[Path]:
     """Stages `vectors/<name>-<n>`: a model's vector of every text, a directory for each file of stage `texts`."""
-    files = sorted(texts.glob("texts-*.parquet"))
+    files = text_files(texts)
     named = read_prompts(model)
     jobs = []
     for number, file in enumerate(files):
@@ -261,7 +267,7 @@ def make_dataset(config: TrainConfig, models: dict[str, Path], marks: dict[str, 
 def write_samples(directory: Path, texts: Path, encoder: Encoder, temperature: float) -> int:
     """Token ids and samples of a directory of stage `texts`, as arrays; the number of tokens."""
     directory.mkdir(exist_ok=True)
-    files = sorted(texts.glob("texts-*.parquet"))
+    files = text_files(texts)
     total = sum(pq.read_metadata(file).num_rows for file in files)
     write_tokens(directory, total, (batch for file in files for batch in tokenised(encoder, file)))
     groups, weights = np.load(texts / GROUPS), np.load(texts / "weights.npy")
@@ -272,7 +278,7 @@ def write_samples(directory: Path, texts: Path, encoder: Encoder, temperature: f
     np.save(directory / SHARES, shares)
     for file in (SAMPLES, GROUPS, SCORES, LABELS):
         if (texts / file).exists():
-            np.save(directory / file, np.load(texts / file))
+            shutil.copyfile(texts / file, directory / file)
     return int(np.load(directory / "offsets.npy", mmap_mode="r")[-1])
 
 
@@ -285,7 +291,7 @@ def tokenised(encoder: Encoder, file: Path) -> Iterator[list[TokenIds]]:
 
 def write_cached(directory: Path, texts: Path, vectors: list[Path]) -> None:
     """A model's vectors of all texts as one array, those of each file after those of the one before."""
-    files = sorted(texts.glob("texts-*.parquet"))
+    files = text_files(texts)
     sizes = [pq.read_metadata(file).num_rows for file in files]
     firsts = np.cumsum([0, *sizes])
     directory.mkdir()
