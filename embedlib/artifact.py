@@ -22,6 +22,8 @@ MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
 # What decides the vectors of a sentence-transformers directory: weights, tokenizer, modules, pooling, prompts, length.
 MODEL_SUFFIXES = (".safetensors", ".json", ".txt", ".model")
+# What jobs/evaluate.py found of a model, beside its weights, for the endpoint to tell; no vector depends on it.
+EVALUATION_NAME = "evaluation.json"
 FOREIGN_WEIGHTS = ("pytorch_model.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
@@ -72,7 +74,8 @@ def model_fingerprint(directory: Path) -> str:
 
 def weights_fingerprint(directory: Path) -> str:
     """SHA-256 over weights, tokenizer and configuration of a model directory of any kind."""
-    return fingerprint(files={k: v for k, v in hash_files(directory).items() if k.endswith(MODEL_SUFFIXES)})
+    hashes = hash_files(directory).items()
+    return fingerprint(files={k: v for k, v in hashes if k.endswith(MODEL_SUFFIXES) and k != EVALUATION_NAME})
 
 
 def require_model(directory: Path) -> None:

@@ -29,11 +29,16 @@ def row_cosines(a: Vectors, b: Vectors) -> Vectors:
 
 def top_k_overlap(a: Vectors, b: Vectors, k: int) -> float:
     """Mean share, in [0, 1], of a text's `k` nearest other texts in `a` that are among its `k` nearest in `b`."""
+    return float(k_nearest_shared(a, b, k).mean())
+
+
+def k_nearest_shared(a: Vectors, b: Vectors, k: int) -> npt.NDArray[np.float64]:
+    """The same by text, (texts,)."""
     _require_equal(len(a), len(b), "first vectors' rows", "second vectors' rows")
     if len(a) <= k:
         raise DataError(f"top-{k} overlap of {len(a)} texts: undefined; expected more than {k}")
     near_a, near_b = (_k_nearest(_unit_rows(vectors, "vectors"), k) for vectors in (a, b))
-    return float(np.mean([len(np.intersect1d(x, y)) / k for x, y in zip(near_a, near_b, strict=True)]))
+    return np.array([len(np.intersect1d(x, y)) / k for x, y in zip(near_a, near_b, strict=True)])
 
 
 def similarity_spearman(student: Vectors, teacher: Vectors, max_texts: int = 2000, seed: int = 0) -> float:

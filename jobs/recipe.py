@@ -20,12 +20,13 @@ from rich.table import Table
 
 from embedlib.config import Config
 from embedlib.errors import ConfigError
+from embedlib.evaluation.evaluation_report import REPORT_NAME
 from embedlib.storage import Store
-from jobs import distill, embed, merge, mine, train
+from jobs import distill, embed, evaluate, merge, mine, train
 from jobs.cli import describe
 from jobs.runtime import artifacts_directory, connect, format_seconds
 
-JobName = Literal["distill", "embed", "mine", "train", "merge"]
+JobName = Literal["distill", "embed", "mine", "train", "merge", "evaluate"]
 REFERENCE = re.compile(r"\{(\w+)\}")
 STATE = "recipe.json"
 
@@ -37,6 +38,8 @@ class Job(NamedTuple):
     run: Callable[[Any], Any]
     product: str
     """Where below its output lies what later stages ask for."""
+    witness: str = "manifest.json"
+    """The file of the product that is written when the stage makes something."""
 
 
 JOBS: dict[JobName, Job] = {
@@ -45,6 +48,7 @@ JOBS: dict[JobName, Job] = {
     "mine": Job(mine.MineConfig, mine.mine, "."),
     "train": Job(train.TrainConfig, train.main, "model"),
     "merge": Job(merge.MergeConfig, merge.main, "model"),
+    "evaluate": Job(evaluate.EvaluateConfig, evaluate.main, ".", REPORT_NAME),
 }
 
 
@@ -144,7 +148,7 @@ def run_stages(config: RecipeConfig, stages: list[Stage]) -> Iterator[tuple[Stag
             yield stage, Done("left out", 0.0)
             continue
         print(f"\n== {stage.name} ==", flush=True)
-        product = config.directory / stage.name / stage.job.product / "manifest.json"
+        product = config.directory / stage.name / stage.job.product / stage.job.witness
         before = product.stat().st_mtime_ns if product.exists() else None
         start = time.monotonic()
         stage.job.run(stage.config)

@@ -21,7 +21,7 @@ import torch
 from prometheus_client import CollectorRegistry, Metric
 from pydantic import Field, ValidationError
 
-from embedlib.artifact import MANIFEST_NAME, fingerprint, model_fingerprint, parse_manifest
+from embedlib.artifact import EVALUATION_NAME, MANIFEST_NAME, fingerprint, model_fingerprint, parse_manifest
 from embedlib.backends import REFERENCE, BackendName, GateConfig
 from embedlib.batching import TokenIds
 from embedlib.config import Config
@@ -269,7 +269,11 @@ def read_ranges(directory: Path, fingerprint: str) -> list[list[float]]:
 
 
 def read_retention(directory: Path) -> dict[str, float] | None:
-    """What the report beside a distilled student says it keeps of its teacher; none where there is no report."""
+    """What the model keeps of its teacher: by group as jobs/evaluate.py measured it, else as jobs/distill.py did."""
+    measured = directory / EVALUATION_NAME
+    if measured.is_file():
+        kept: dict[str, float] = json.loads(measured.read_text())["retention"]
+        return kept
     path = directory.parent / "report.json"
     if not path.is_file():
         return None

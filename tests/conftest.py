@@ -4,6 +4,7 @@ Libraries are imported inside the fixtures, because they read the environment se
 """
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,11 @@ import pytest
 import jobs  # noqa: F401 (sets Ray's authentication mode, which Ray reads when it is imported)
 
 if TYPE_CHECKING:
+    from playwright.sync_api import Browser
     from tokenizers import Tokenizer
     from transformers import PreTrainedModel
 
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 PROMPTS = {"query": "query: ", "document": "passage: ", "passage": "passage: "}
 MAX_SEQ_LENGTH = 64
 # Nouns and predicates of equal meaning by position; a sentence is a noun, what joins them, and a predicate.
@@ -300,3 +303,17 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         ray.init("local", num_cpus=4, include_dashboard=False, logging_level="WARNING")
         yield
         ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator["Browser"]:
+    """A real browser without a window."""
+    from playwright.sync_api import sync_playwright
+
+    path = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if path is None:
+        pytest.skip(f"browser: none of {', '.join(BROWSERS)} is installed; .ci/run installs one where it may")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()

@@ -4,7 +4,7 @@ import html
 import io
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from embedlib.errors import DataError
 from embedlib.evaluation.report import Bitext, Training
+from embedlib.evaluation.scorecard import Scorecard
 from embedlib.metrics import Vectors
 
 MAX_POINTS = 1500
@@ -120,6 +121,62 @@ def bitext_bars(bitext: Bitext) -> str:
         axes.set_axisbelow(True)
         figure.legend(loc="outside upper left", ncols=3, handlelength=1)
         return _svg(figure, "Bitext accuracy by language")
+
+
+def interval_bars(card: Scorecard) -> str:
+    """SVG of every group's mean score by model, with its 95 % interval where there is one."""
+    position = np.arange(len(card.groups))
+    height = 0.8 / len(card.models)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(5, 1.1 + 0.3 * len(card.groups) * max(1, len(card.models) / 2)))
+        axes = figure.add_subplot(xlabel="score x 100")
+        for number, (model, colour) in enumerate(
+            zip(card.models, cycle((TEACHER, AFTER, BEFORE, *PALETTE)), strict=False)
+        ):
+            cells = [row.cells.get(model) for row in card.groups]
+            values = [cell.value if cell else np.nan for cell in cells]
+            spans = [
+                (cell.value - cell.low, cell.high - cell.value)
+                if cell and cell.low is not None and cell.high is not None
+                else (0, 0)
+                for cell in cells
+            ]
+            offset = (number - (len(card.models) - 1) / 2) * height
+            axes.barh(
+                position + offset,
+                values,
+                height=0.9 * height,
+                color=colour,
+                label=model,
+                xerr=np.clip(np.array(spans).T, 0, None),
+                error_kw={"ecolor": INK, "elinewidth": 0.8},
+            )
+        axes.set_yticks(position, [row.name for row in card.groups])
+        axes.set_ylim(len(card.groups) - 0.4, -0.6)
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.grid(axis="x")
+        axes.set_axisbelow(True)
+        figure.legend(loc="outside upper left", ncols=3, handlelength=1)
+        return _svg(figure, "Mean score by group and model")
+
+
+def pareto(quality: Mapping[str, float], speed: Mapping[str, float]) -> str:
+    """SVG of models by speed, logarithmic, and quality; those that no other beats in both are joined by a line."""
+    names = sorted(quality.keys() & speed.keys(), key=lambda name: speed[name])
+    best = [
+        name for name in names if all(quality[name] >= quality[other] for other in names if speed[other] >= speed[name])
+    ]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(5, 4))
+        axes = figure.add_subplot(xlabel="texts a second", ylabel="mean score x 100", xscale="log")
+        axes.plot([speed[name] for name in best], [quality[name] for name in best], color=TEACHER, linewidth=1)
+        for name, colour in zip(names, cycle((TEACHER, AFTER, BEFORE, *PALETTE)), strict=False):
+            axes.scatter([speed[name]], [quality[name]], s=36, c=colour, linewidths=0, zorder=3)
+            axes.annotate(name, (speed[name], quality[name]), xytext=(4, 5), textcoords="offset points")
+        axes.margins(0.2)
+        axes.grid()
+        return _svg(figure, "Quality against speed")
 
 
 def _svg(figure: Figure, title: str) -> str:

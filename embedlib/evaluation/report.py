@@ -17,7 +17,7 @@ from embedlib.config import Config
 ABSENT = "–"
 
 
-class _Section(Config):
+class Section(Config):
     """A part of the report; computed values are written with it and, being computed, ignored when it is read back."""
 
     @model_validator(mode="before")
@@ -26,7 +26,7 @@ class _Section(Config):
         return {k: v for k, v in data.items() if k not in cls.model_computed_fields} if isinstance(data, dict) else data
 
 
-class Model(_Section):
+class Model(Section):
     """What one model is."""
 
     name: str
@@ -48,7 +48,7 @@ class Student(Model):
     """Share of tokens that are `<unk>` on held-out text, 0 to 1."""
 
 
-class Fidelity(_Section):
+class Fidelity(Section):
     """How closely a student follows its teacher on held-out text."""
 
     cosine: float
@@ -57,7 +57,7 @@ class Fidelity(_Section):
     """Spearman correlation of the two models' similarities over pairs of texts."""
 
 
-class Bitext(_Section):
+class Bitext(Section):
     """Share of sentences whose nearest neighbour is their translation, 0 to 1, by language; the same in each model."""
 
     teacher: dict[str, float] = Field(min_length=1)
@@ -81,7 +81,7 @@ class Bitext(_Section):
         return {model: fmean(by_language.values()) for model, by_language in scores.items()}
 
 
-class Speed(_Section):
+class Speed(Section):
     """Encoding speed of both models on the same texts and machine."""
 
     teacher_sentences_per_s: float
@@ -100,7 +100,7 @@ class Speed(_Section):
         return self.student_sentences_per_s / self.teacher_sentences_per_s
 
 
-class Size(_Section):
+class Size(Section):
     """Size of both models."""
 
     teacher_params: int
@@ -119,7 +119,7 @@ class Size(_Section):
         return self.teacher_params / self.student_params
 
 
-class Training(_Section):
+class Training(Section):
     """The course of distillation."""
 
     steps: list[int]
@@ -132,7 +132,7 @@ class Training(_Section):
     """Mean cosine to the teacher on held-out text."""
 
 
-class Report(_Section):
+class Report(Section):
     """What a student gained and lost against its teacher, and how it was made."""
 
     fingerprint: str
@@ -237,16 +237,21 @@ def render_html(report: Report, plots: Mapping[str, str]) -> str:
 
     Everything from the report is escaped, the SVG is not.
     """
+    return render_page("report.html.jinja", plots, report=report, absent=ABSENT)
+
+
+def render_page(template: str, plots: Mapping[str, str], **values: Any) -> str:
+    """A template of this directory with everything escaped but `plots`, our own SVG text by caption."""
     environment = Environment(
         loader=PackageLoader("embedlib.evaluation", "."),
-        autoescape=True,
+        autoescape=template.endswith(".html.jinja"),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters["percent"] = _percent
     figures = {caption: Markup(svg) for caption, svg in plots.items()}  # noqa: S704 (drawn by embedlib.evaluation.plots)
-    return environment.get_template("report.html.jinja").render(report=report, plots=figures, absent=ABSENT)
+    return environment.get_template(template).render(plots=figures, **values)
 
 
 def print_table(report: Report, console: Console) -> None:

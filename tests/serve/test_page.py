@@ -1,26 +1,20 @@
 """The page in a real browser."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SCREENSHOT = Path(os.environ.get("EMBEDLIB_ARTIFACTS", "artifacts")) / "test-page.png"
 
 
-@pytest.fixture(scope="module")
-def browser_page() -> Iterator[Page]:
-    browser_path = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    if browser_path is None:
-        pytest.skip(f"browser: none of {', '.join(BROWSERS)} is installed; .ci/run installs one where it may")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
-        yield browser.new_page(viewport={"width": 1200, "height": 1300})
-        browser.close()
+@pytest.fixture
+def browser_page(browser: Browser) -> Iterator[Page]:
+    page = browser.new_page(viewport={"width": 1200, "height": 1300})
+    yield page
+    page.close()
 
 
 def test_sentences_become_a_heat_map_of_each_model(browser_page: Page, served_url: str) -> None:

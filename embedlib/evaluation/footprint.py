@@ -1,0 +1,74 @@
+"""What a model is and what it costs to run: size, memory, throughput, latency, measured in a process of its own."""
+
+import resource
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+from embedlib.artifact import model_fingerprint
+from embedlib.config import Config
+from embedlib.encoder import Encoder
+from embedlib.evaluation.mteb_encoder import prompt_for
+from embedlib.model_directory import read_prompts
+
+RUNS = 3
+SINGLE_TEXTS = 30
+
+
+class Footprint(Config):
+    """What a model is and what it costs to run here."""
+
+    fingerprint: str
+    """What decides its vectors."""
+    params: int
+    """Parameters, embeddings included."""
+    layers: int
+    """Transformer layers."""
+    vocabulary: int
+    """Rows of the word embedding."""
+    embedding_dim: int
+    """Elements of a vector."""
+    max_tokens: int
+    """Tokens it reads of a text."""
+    megabytes: float
+    """Weights on disk, in 10^6 bytes."""
+    texts_per_s: float
+    """Texts a second, many at once; the median of several runs."""
+    latency_ms: float
+    """Milliseconds for one text alone; the median."""
+    memory_mb: float
+    """Peak of resident memory of the process that measured it, in 10^6 bytes, libraries included."""
+    arithmetic: str
+    """What computed."""
+    cost_per_million: float | None = None
+    """Cost of a million such texts, in the currency of the price that was given."""
+
+
+def measure_footprint(directory: Path, texts: Sequence[str], price_per_hour: float | None) -> Footprint:
+    """Load the model of `directory` and measure it on `texts`, in the arithmetic that it would be served in."""
+    encoder = Encoder.load(directory)
+    prompt = prompt_for("STS", None, read_prompts(directory))
+    encoder.encode(texts[:SINGLE_TEXTS], prompt)
+    rate = len(texts) / median(_seconds(encoder, texts, prompt) for _ in range(RUNS))
+    config = encoder.body.config
+    return Footprint(
+        fingerprint=model_fingerprint(directory),
+        params=encoder.num_parameters,
+        layers=config.num_hidden_layers,
+        vocabulary=config.vocab_size,
+        embedding_dim=encoder.embedding_dim,
+        max_tokens=encoder.max_seq_length,
+        megabytes=sum(path.stat().st_size for path in directory.rglob("*.safetensors")) / 1e6,
+        texts_per_s=rate,
+        latency_ms=1000 * median(_seconds(encoder, [text], prompt) for text in texts[:SINGLE_TEXTS]),
+        memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
+        arithmetic=encoder.backend.name,
+        cost_per_million=price_per_hour / 3600 / rate * 1e6 if price_per_hour else None,
+    )
+
+
+def _seconds(encoder: Encoder, texts: Sequence[str], prompt: str | None) -> float:
+    start = time.perf_counter()
+    encoder.encode(texts, prompt)
+    return time.perf_counter() - start

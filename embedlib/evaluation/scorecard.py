@@ -1,0 +1,291 @@
+"""Scores of several models side by side: by group, language and task, against a baseline, with gates and a verdict."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean
+from typing import NamedTuple
+
+import numpy as np
+
+from embedlib.config import Config
+from embedlib.errors import ConfigError
+from embedlib.evaluation.bootstrap import Values, interval, p_value
+from embedlib.evaluation.scoring import Score
+
+# mteb's names of types, as the field says them in a sentence and in a gate.
+GROUPS = {
+    "STS": "sts",
+    "BitextMining": "bitext",
+    "Retrieval": "retrieval",
+    "Reranking": "reranking",
+    "Classification": "classification",
+    "Clustering": "clustering",
+    "PairClassification": "pair_classification",
+}
+MEAN = "mean"
+SAFE, LOST = 0.95, 0.9
+# Standard errors of a difference that is seen at the 5 % level with a power of 80 %.
+DETECTABLE = 1.96 + 0.84
+GATE = re.compile(r"\s*([\w./:-]+)\s*(>=|>)\s*([\d.]+)\s*(?:\*\s*([\w.-]+))?\s*")
+
+
+class Failure(Config):
+    """A task that a model has no score on."""
+
+    model: str
+    """The model's name in the report."""
+    task: str
+    """The task's name."""
+    reason: str
+    """What went wrong."""
+
+
+class Cell(Config):
+    """What one model reaches in one row of the scorecard."""
+
+    value: float
+    """Mean score x 100."""
+    low: float | None = None
+    """Lower end of the 95 % interval over resampled items; none where a task gives none."""
+    high: float | None = None
+    """Upper end."""
+    retention: float | None = None
+    """Share of the baseline's value; none for the baseline itself, and where the baseline has no positive value."""
+    difference: float | None = None
+    """Value less the baseline's."""
+    difference_low: float | None = None
+    """Lower end of the paired difference's interval."""
+    difference_high: float | None = None
+    """Upper end."""
+    p: float | None = None
+    """Two-sided p-value of the paired difference, by the bootstrap."""
+    detectable: float | None = None
+    """The smallest true difference that so many items show four times out of five, at the 5 % level."""
+
+
+class Row(Config):
+    """One line of the scorecard: a group, a language or a task, and what each model reaches."""
+
+    name: str
+    """What was put together."""
+    tasks: int
+    """Over how many tasks the mean goes."""
+    cells: dict[str, Cell]
+    """By model; a model that has no score on one of the row's tasks is left out."""
+
+
+class Scorecard(Config):
+    """All scores, put together in the ways they are read."""
+
+    baseline: str
+    """The model the others are compared with."""
+    models: list[str]
+    """Their names in the order given."""
+    groups: list[Row]
+    """By type of task, then their mean."""
+    languages: list[Row]
+    """By language, over all tasks that have it."""
+    tasks: list[Row]
+    """By task, over its subsets."""
+
+    def row(self, name: str) -> Row | None:
+        """The row that a gate means: a group, a task, or `lang:` and a language."""
+        rows = {f"lang:{row.name}": row for row in self.languages}
+        rows |= {row.name.lower(): row for row in (*self.tasks, *self.groups)}
+        return rows.get(name.lower())
+
+
+class GateResult(Config):
+    """What became of one requirement for one model."""
+
+    require: str
+    """The requirement as it was given."""
+    model: str
+    """The model it was asked of."""
+    found: float | None
+    """What the model reaches; none where it has no such score."""
+    wanted: float
+    """What it had to reach."""
+    passed: bool
+    """Whether it does."""
+
+    @property
+    def sentence(self) -> str:
+        """The requirement and what was found."""
+        found = "no score" if self.found is None else f"{self.found:.2f}"
+        return (
+            f"{self.require}: {'met' if self.passed else 'NOT MET'} by {self.model}: {found}; wanted {self.wanted:.2f}"
+        )
+
+
+def make_scorecard(scores: Sequence[Score], models: Sequence[str], baseline: str) -> Scorecard:
+    """Put scores together: subsets to tasks, tasks to groups, each a mean of means."""
+    groups = {GROUPS.get(score.type, score.type.lower()) for score in scores}
+    order = [name for name in GROUPS.values() if name in groups] + sorted(groups - set(GROUPS.values()))
+    by_group = {
+        group: [score for score in scores if GROUPS.get(score.type, score.type.lower()) == group] for group in order
+    }
+    by_language = grouped(scores, lambda score: score.language)
+    by_task = grouped(scores, lambda score: score.task)
+    rows = [make_row(name, each, models, baseline) for name, each in by_group.items()]
+    return Scorecard(
+        baseline=baseline,
+        models=list(models),
+        groups=[*rows, make_row(MEAN, scores, models, baseline, by_group)],
+        languages=[make_row(name, by_language[name], models, baseline) for name in sorted(by_language)],
+        tasks=[make_row(name, each, models, baseline) for name, each in by_task.items()],
+    )
+
+
+def grouped(scores: Iterable[Score], key: Callable[[Score], str]) -> dict[str, list[Score]]:
+    """Scores by what `key` says of them, in the order they come."""
+    found: dict[str, list[Score]] = {}
+    for score in scores:
+        found.setdefault(key(score), []).append(score)
+    return found
+
+
+def make_row(
+    name: str,
+    scores: Sequence[Score],
+    models: Sequence[str],
+    baseline: str,
+    groups: Mapping[str, Sequence[Score]] | None = None,
+) -> Row:
+    """A row over the scores of all models; with `groups` the mean over these instead of over tasks."""
+    tasks = {score.task for score in scores}
+    of_model = grouped(scores, lambda score: score.model)
+    parts = list(groups.values()) if groups else None
+    means = {model: mean for model in models if (mean := mean_of(of_model.get(model, []), tasks, parts))}
+    base = means.get(baseline)
+    return Row(
+        name=name,
+        tasks=len(tasks),
+        cells={model: make_cell(mean, None if model == baseline else base) for model, mean in means.items()},
+    )
+
+
+class Mean(NamedTuple):
+    """A mean over scores, and the same mean of each round of resampling."""
+
+    value: float
+    replicates: Values | None
+
+
+def mean_of(scores: Sequence[Score], tasks: set[str], groups: Sequence[Sequence[Score]] | None = None) -> Mean | None:
+    """Mean over tasks of their mean over subsets; none where one of `tasks` has no score."""
+    if {score.task for score in scores} != tasks or not scores:
+        return None
+    if groups is None:
+        return averaged([averaged(list(map(single, each))) for each in grouped(scores, lambda one: one.task).values()])
+    model = scores[0].model
+    parts = [[score for score in group if score.model == model] for group in groups]
+    return averaged([mean for part in parts if (mean := mean_of(part, {score.task for score in part}))])
+
+
+def single(score: Score) -> Mean:
+    """One score as a mean."""
+    return Mean(score.value, np.array(score.replicates) if score.replicates else None)
+
+
+def averaged(means: Sequence[Mean]) -> Mean:
+    """The mean of means, round by round."""
+    rounds = [mean.replicates for mean in means if mean.replicates is not None]
+    return Mean(fmean(mean.value for mean in means), np.mean(rounds, axis=0) if len(rounds) == len(means) else None)
+
+
+def make_cell(mean: Mean, base: Mean | None) -> Cell:
+    """A mean with its interval, and with its difference to the baseline's where there is one."""
+    values = {"value": mean.value}
+    if mean.replicates is not None:
+        values |= interval(mean.replicates)._asdict()
+    if base is not None:
+        values["difference"] = mean.value - base.value
+        if base.value > 0:
+            values["retention"] = mean.value / base.value
+        if mean.replicates is not None and base.replicates is not None:
+            differences = mean.replicates - base.replicates
+            low, high = interval(differences)
+            values |= {"difference_low": low, "difference_high": high, "p": p_value(differences)}
+            values["detectable"] = DETECTABLE * float(np.std(differences))
+    return Cell(**values)
+
+
+def check_gates(requirements: Sequence[str], card: Scorecard, models: Iterable[str]) -> list[GateResult]:
+    """What `sts>=0.95*teacher` and the like come to for each of `models`; ConfigError where one means nothing."""
+    return [result for text in requirements for result in check_gate(text, card, models)]
+
+
+def check_gate(text: str, card: Scorecard, models: Iterable[str]) -> list[GateResult]:
+    """What one requirement comes to for each of `models`, but the one it names as its measure."""
+    name, operator, number, measure = parse_gate(text)
+    row = card.row(name)
+    if row is None:
+        known = [each.name for each in (*card.groups, *card.tasks)]
+        raise ConfigError(f"require: {text!r}: no row {name!r}; expected of {known}, or lang: and a language")
+    if measure and measure not in card.models:
+        raise ConfigError(f"require: {text!r}: no model {measure!r}; expected of {card.models}")
+    wanted = number
+    if measure:
+        cell = row.cells.get(measure)
+        wanted = number * cell.value if cell else float("inf")
+    results = []
+    for model in models:
+        if model == measure:
+            continue
+        found = row.cells[model].value if model in row.cells else None
+        passed = found is not None and (found > wanted if operator == ">" else found >= wanted)
+        results.append(GateResult(require=text, model=model, found=found, wanted=wanted, passed=passed))
+    return results
+
+
+def parse_gate(text: str) -> tuple[str, str, float, str | None]:
+    """Row, operator, number and model of a requirement; ConfigError where it has not this form."""
+    parts = GATE.fullmatch(text)
+    if parts is None:
+        raise ConfigError(f"require: {text!r}; expected ROW>=NUMBER or ROW>=NUMBER*MODEL, as in 'sts>=0.95*teacher'")
+    name, operator, number, measure = parts.groups()
+    return name, operator, float(number), measure
+
+
+def verdict(card: Scorecard, model: str, speed_ratio: float | None, size_ratio: float | None) -> str:
+    """May it be shipped in the baseline's stead, and where not: a few sentences out of the scorecard."""
+    mean = card.groups[-1].cells.get(model)
+    gains = [
+        f"{speed_ratio:.1f} times as fast" if speed_ratio else "",
+        f"{size_ratio:.1f} times smaller" if size_ratio else "",
+    ]
+    gain = " and ".join(filter(None, gains))
+    if mean is None or mean.retention is None:
+        return f"{model} lacks scores that {card.baseline} has, so there is no verdict on it."
+    kept = f"{model} keeps {100 * mean.retention:.1f} % of {card.baseline}'s mean score"
+    safe = [row.name for row in card.groups[:-1] if retains(row, model, SAFE)]
+    lost, langs = losses(card.groups[:-1], model), losses(card.languages, model)
+    sentences = [f"{kept} and is {gain}." if gain else f"{kept}."]
+    sentences += (
+        [f"Safe to ship where the work is {listed(safe)}: it keeps {100 * SAFE:.0f} % or more there."] if safe else []
+    )
+    sentences += [f"Not safe for {listed(lost)}."] if lost else []
+    sentences += [f"Weak languages: {listed(langs)}."] if langs else []
+    if not safe:
+        sentences.append(
+            f"It keeps {100 * SAFE:.0f} % in no group: train it longer, or measure it on your own documents first."
+        )
+    return " ".join(sentences)
+
+
+def retains(row: Row, model: str, share: float) -> bool:
+    """Whether the model keeps that share of the baseline's value in a row."""
+    cell = row.cells.get(model)
+    return cell is not None and cell.retention is not None and cell.retention >= share
+
+
+def losses(rows: Sequence[Row], model: str) -> list[str]:
+    """The rows in which the model keeps too little of the baseline's value, with how much that is."""
+    kept = {row.name: row.cells[model].retention for row in rows if model in row.cells}
+    return [f"{name} ({100 * share:.0f} %)" for name, share in kept.items() if share is not None and share < LOST]
+
+
+def listed(names: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

