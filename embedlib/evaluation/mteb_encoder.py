@@ -15,6 +15,7 @@ from mteb.types import PromptType
 
 from embedlib.encoder import Encoder, Vectors
 from embedlib.errors import DataError
+from embedlib.quantization import truncate
 
 KEY_BYTES = 16
 Keys = npt.NDArray[np.void]
@@ -81,12 +82,21 @@ class CachedEncoder(AbsEncoder):
     """What mteb's tasks call: the prompt that suits the task, and vectors out of the cache where it has them."""
 
     def __init__(
-        self, load: Callable[[], Encoder], prompts: dict[str, str], cache: VectorCache, name: str, revision: str
+        self,
+        load: Callable[[], Encoder],
+        prompts: dict[str, str],
+        cache: VectorCache,
+        name: str,
+        revision: str,
+        dimensions: int | None = None,
     ) -> None:
-        """`load` is called for the first text that has no vector yet; `revision` is the model's fingerprint."""
+        """`load` is called for the first text that has no vector yet; `revision` is the model's fingerprint.
+
+        The cache holds whole vectors; those that are given are cut to `dimensions`.
+        """
         self._load, self.prompts, self.cache = load, prompts, cache
         self._encoder: Encoder | None = None
-        self.name = name
+        self.name, self.dimensions = name, dimensions
         self.mteb_model_meta = model_meta(name, revision)
 
     def encode(
@@ -120,7 +130,8 @@ class CachedEncoder(AbsEncoder):
                     f"the first: {first[:80]!r}"
                 )
             self.cache.add([keys[row] for row in rows], vectors)
-        return self.cache.get(keys)
+        vectors = self.cache.get(keys)
+        return truncate(vectors, self.dimensions) if self.dimensions else vectors
 
 
 def prompt_for(task_type: str, prompt_type: PromptType | None, prompts: dict[str, str]) -> str | None:

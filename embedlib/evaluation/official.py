@@ -69,6 +69,26 @@ def official_rows(scores: Sequence[Score], published: Published) -> list[Officia
     return rows
 
 
+def published_means(rows: Sequence[OfficialRow], shown: int = 5) -> tuple[dict[str, float], dict[str, float]]:
+    """Our models' and others' means over the tasks that both have, subsets and all; a few of the others, best to worst.
+
+    Only models with a score in the fullest row of every task are compared, so that all means go over the same.
+    """
+    fullest: dict[str, OfficialRow] = {}
+    for row in rows:
+        if row.task not in fullest or len(row.subsets) > len(fullest[row.task].subsets):
+            fullest[row.task] = row
+    if not fullest:
+        return {}, {}
+    ours, others = (
+        {model: fmean(each[model] for each in sides) for model in set.intersection(*(set(each) for each in sides))}
+        for sides in ([row.ours for row in fullest.values()], [row.official for row in fullest.values()])
+    )
+    ranked = sorted(others, key=lambda model: others[model], reverse=True)
+    step = max(1, -(-len(ranked) // shown))
+    return ours, {model: others[model] for model in ranked[::step]}
+
+
 def means(scores: Mapping[tuple[str, str, str], Mapping[str, float]]) -> dict[str, float]:
     """Mean by model of those that have all the scores."""
     models = set.intersection(*(set(each) for each in scores.values()))

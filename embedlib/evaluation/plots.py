@@ -161,18 +161,33 @@ def interval_bars(card: Scorecard) -> str:
         return _svg(figure, "Mean score by group and model")
 
 
-def pareto(quality: Mapping[str, float], speed: Mapping[str, float]) -> str:
-    """SVG of models by speed, logarithmic, and quality; those that no other beats in both are joined by a line."""
-    names = sorted(quality.keys() & speed.keys(), key=lambda name: speed[name])
+def pareto(quality: Mapping[str, float], speed: Mapping[str, float], published: Mapping[str, float]) -> str:
+    """SVG of models by speed, logarithmic, and quality; those that no other beats in both are joined by a line.
+
+    Models of `published` quality, whose speed here nobody knows, are lines across.
+    """
+    names = [name for name in speed if name in quality]
+    colours = dict(zip(speed, cycle((TEACHER, AFTER, BEFORE, *PALETTE)), strict=False))
     best = [
         name for name in names if all(quality[name] >= quality[other] for other in names if speed[other] >= speed[name])
     ]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5, 4))
         axes = figure.add_subplot(xlabel="texts a second", ylabel="mean score x 100", xscale="log")
+        best.sort(key=lambda name: speed[name])
         axes.plot([speed[name] for name in best], [quality[name] for name in best], color=TEACHER, linewidth=1)
-        for name, colour in zip(names, cycle((TEACHER, AFTER, BEFORE, *PALETTE)), strict=False):
-            axes.scatter([speed[name]], [quality[name]], s=36, c=colour, linewidths=0, zorder=3)
+        for name, value in published.items():
+            axes.axhline(value, color=INK, linewidth=0.6, linestyle=":")
+            axes.annotate(
+                f"{name}, published",
+                (0, value),
+                xycoords=("axes fraction", "data"),
+                xytext=(3, 2),
+                textcoords="offset points",
+                fontsize=6,
+            )
+        for name in names:
+            axes.scatter([speed[name]], [quality[name]], s=36, c=colours[name], linewidths=0, zorder=3)
             axes.annotate(name, (speed[name], quality[name]), xytext=(4, 5), textcoords="offset points")
         axes.margins(0.2)
         axes.grid()

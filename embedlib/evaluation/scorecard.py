@@ -24,6 +24,7 @@ GROUPS = {
 }
 MEAN = "mean"
 SAFE, LOST = 0.95, 0.9
+NAMED = 5
 # Standard errors of a difference that is seen at the 5 % level with a power of 80 %.
 DETECTABLE = 1.96 + 0.84
 GATE = re.compile(r"\s*([\w./:-]+)\s*(>=|>)\s*([\d.]+)\s*(?:\*\s*([\w.-]+))?\s*")
@@ -266,7 +267,9 @@ def verdict(card: Scorecard, model: str, speed_ratio: float | None, size_ratio: 
         [f"Safe to ship where the work is {listed(safe)}: it keeps {100 * SAFE:.0f} % or more there."] if safe else []
     )
     sentences += [f"Not safe for {listed(lost)}."] if lost else []
-    sentences += [f"Weak languages: {listed(langs)}."] if langs else []
+    if langs:
+        many = f"{len(langs)} of {len(card.languages)}, most of all " if len(langs) > NAMED else ""
+        sentences.append(f"Weak languages: {many}{listed(langs[:NAMED])}.")
     if not safe:
         sentences.append(
             f"It keeps {100 * SAFE:.0f} % in no group: train it longer, or measure it on your own documents first."
@@ -281,9 +284,10 @@ def retains(row: Row, model: str, share: float) -> bool:
 
 
 def losses(rows: Sequence[Row], model: str) -> list[str]:
-    """The rows in which the model keeps too little of the baseline's value, with how much that is."""
-    kept = {row.name: row.cells[model].retention for row in rows if model in row.cells}
-    return [f"{name} ({100 * share:.0f} %)" for name, share in kept.items() if share is not None and share < LOST]
+    """The rows in which the model keeps too little of the baseline's value, the worst first, with how much that is."""
+    kept = [(row.cells[model].retention, row.name) for row in rows if model in row.cells]
+    lost = sorted((share, name) for share, name in kept if share is not None and share < LOST)
+    return [f"{name} ({100 * share:.0f} %)" for share, name in lost]
 
 
 def listed(names: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from embedlib.errors import ConfigError
 from embedlib.evaluation.bootstrap import Items, average_precision, interval, ndcg, p_value, replicates, spearman
-from embedlib.evaluation.official import official_rows
+from embedlib.evaluation.official import official_rows, published_means
 from embedlib.evaluation.scorecard import check_gates, make_scorecard, verdict
 from embedlib.evaluation.scoring import Score
 
@@ -137,5 +137,6 @@ def test_published_scores_are_compared_over_the_same_subsets() -> None:
     rows = {tuple(row.official): row for row in official_rows(SCORES, published)}
     assert rows[("big",)].official == {"big": 85.0}
     assert rows[("big",)].ours == {"student": 50.0, "teacher": 80.0}
+    assert published_means(list(rows.values())) == ({"student": 50.0, "teacher": 80.0}, {"big": 85.0})
     assert rows[("new",)].subsets == ["de"]
     assert rows[("new",)].ours == {"student": 80.0, "teacher": 90.0}

@@ -12,7 +12,12 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
+from sentence_transformers.sentence_transformer.evaluation import (
+    EmbeddingSimilarityEvaluator,
+    InformationRetrievalEvaluator,
+    SentenceEvaluator,
+    TranslationEvaluator,
+)
 
 from embedlib.artifact import model_fingerprint
 from embedlib.encoder import Encoder
@@ -92,13 +97,38 @@ def test_items_make_up_mtebs_score(kind: str, sets: Path, tiny_encoder: Path, tm
     assert 100 * whole == pytest.approx(found.value, abs=1e-3)
 
 
-def test_sts_is_what_sentence_transformers_own_evaluator_says(sets: Path, tiny_encoder: Path, tmp_path: Path) -> None:
-    (found,) = score("sts", sets, encoder_of(tiny_encoder, tmp_path / "vectors"), tmp_path / "scores")
-    rows = pq.read_table(sets / "sts" / "test.parquet").to_pydict()
-    sides = [["query: " + text for text in rows[side]] for side in ("sentence1", "sentence2")]
-    evaluator = EmbeddingSimilarityEvaluator(*sides, rows["score"])
-    theirs = evaluator(SentenceTransformer(str(tiny_encoder), device="cpu"))
-    assert found.value / 100 == pytest.approx(theirs["spearman_cosine"], abs=1e-3)
+def second_path(kind: str, sets: Path, model: Path) -> float:
+    """The score of sentence-transformers' own evaluators; only that for retrieval puts prompts before the texts."""
+
+    def texts(file: str, column: str, prefix: str = "query: ") -> list[str]:
+        return [prefix + text for text in pq.read_table(sets / kind / f"{file}.parquet")[column].to_pylist()]
+
+    evaluator: SentenceEvaluator
+    if kind == "retrieval":
+        ids = [f"d{number}" for number in range(24)]
+        queries = dict(zip(["q" + each for each in ids], texts("queries", "text", ""), strict=True))
+        corpus = dict(zip(ids, texts("corpus", "text", ""), strict=True))
+        evaluator = InformationRetrievalEvaluator(queries, corpus, {"q" + each: {each} for each in ids})
+    elif kind == "bitext":
+        evaluator = TranslationEvaluator(texts("test", "sentence1"), texts("test", "sentence2"))
+    else:
+        gold = pq.read_table(sets / kind / "test.parquet")["score"].to_pylist()
+        evaluator = EmbeddingSimilarityEvaluator(texts("test", "sentence1"), texts("test", "sentence2"), gold)
+    found = evaluator(SentenceTransformer(str(model), device="cpu"))
+    assert isinstance(found, dict)
+    return found[{"retrieval": "cosine_ndcg@10", "bitext": "src2trg_accuracy", "sts": "spearman_cosine"}[kind]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "metric"), [("sts", "main_score"), ("bitext", "accuracy"), ("retrieval", "main_score")]
+)
+def test_scores_are_those_of_sentence_transformers_own_evaluators(
+    kind: str, metric: str, sets: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    score(kind, sets, encoder_of(tiny_encoder, tmp_path / "vectors"), tmp_path / "scores")
+    (path,) = (tmp_path / "scores").glob(f"results/embedlib__tiny/*/{kind}.json")
+    (row,) = json.loads(path.read_text())["scores"]["test"]
+    assert row[metric] == pytest.approx(second_path(kind, sets, tiny_encoder), abs=1e-3)
 
 
 def test_finished_scores_need_no_model_and_half_finished_vectors_are_kept(
