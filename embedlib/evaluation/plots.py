@@ -180,10 +180,11 @@ def pareto(quality: Mapping[str, float], speed: Mapping[str, float], published: 
             axes.axhline(value, color=INK, linewidth=0.6, linestyle=":")
             axes.annotate(
                 f"{name}, published",
-                (0, value),
+                (1, value),
                 xycoords=("axes fraction", "data"),
-                xytext=(3, 2),
+                xytext=(-3, 2),
                 textcoords="offset points",
+                ha="right",
                 fontsize=6,
             )
         for name in names:
