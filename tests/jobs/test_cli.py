@@ -8,9 +8,12 @@ from embedlib.errors import ConfigError, DataError
 from jobs import cli
 from jobs.cli import read_config, read_run, run_job
 from jobs.distill import DEMO_RUN, DistillConfig
+from jobs.evaluate import EvaluateConfig
 from jobs.recipe import RecipeConfig, resolve
 
 RUNS = sorted((Path(cli.__file__).parent / "runs").glob("*.yaml"))
+# What a run file has that no other job knows.
+KINDS = {"stages": RecipeConfig, "tasks": EvaluateConfig}
 
 
 class Inner(Config):
@@ -168,7 +171,7 @@ def test_a_job_gets_the_command_line_and_ends_with_one_line(monkeypatch: pytest.
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name)
 def test_every_run_file_is_a_run(path: Path) -> None:
-    kind = RecipeConfig if "stages" in read_run(path) else DistillConfig
+    kind = next((kind for key, kind in KINDS.items() if key in read_run(path)), DistillConfig)
     config = read_config(kind, [str(path)])
     assert kind.model_validate(config.model_dump()) == config
     assert kind.model_validate_json(config.model_dump_json()) == config
