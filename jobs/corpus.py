@@ -184,7 +184,8 @@ def build_corpus(config: BuildConfig) -> Manifest:
     output = Store.at(config.output)
     found = [(number, file) for number, source in enumerate(config.sources) for file in source_files(source)]
     parents = input_marks(config, [file for _, file in found])
-    values = config.model_dump(mode="json", exclude={"output", "num_workers", "sources", "evaluation", "tokenizer"})
+    named = {"output", "num_workers", "sources", "evaluation", "tokenizer", "extends"}
+    values = config.model_dump(mode="json", exclude=named)
     sources = [source.model_dump(mode="json", exclude={"path", "translations"}) for source in config.sources]
     mark = fingerprint(**parents, **values, sources=sources)
     if finished := claim(output, mark, config.product):
