@@ -59,6 +59,8 @@ SPLITS = ("train", "validation", "held_out")
 SCHEMAS = {"corpus": CORPUS_SHARD, "pairs": PAIRS, "query_passage": QUERY_PASSAGE}
 ARROW = "arrow"
 WORK = "work"
+# Pieces in one task, as long as every worker has this many tasks.
+MOST_TOGETHER, TURNS_A_WORKER = 64, 16
 
 
 class BuildConfig(RefineConfig):
@@ -333,11 +335,15 @@ def run_numbered(
     if not missing:
         return
     workers = build.config["num_workers"] or len(ray.nodes()) * cpu_processes()
+    # Catalogues come in thousands, and a task costs more than to read one.
+    together = max(1, min(MOST_TOGETHER, len(missing) // (workers * TURNS_A_WORKER)))
     done = (
-        ray.data.from_items([{"number": number} for number in missing], override_num_blocks=len(missing))
+        ray.data.from_items(
+            [{"number": number} for number in missing], override_num_blocks=-(-len(missing) // together)
+        )
         .map_batches(
             partial(run_batch, function, build),
-            batch_size=1,
+            batch_size=None,
             compute=ray.data.TaskPoolStrategy(size=min(workers, len(missing))),
             num_cpus=1,
         )
@@ -356,13 +362,16 @@ def run_numbered(
 def run_batch(
     function: Callable[[Build, int], int], build: Build, batch: dict[str, npt.NDArray[Any]]
 ) -> dict[str, npt.NDArray[Any]]:
-    """Ray task: one piece of work. Its error travels as a row: raised, it would come back as Ray's own."""
-    error, rows = "", 0
-    try:
-        rows = function(build, int(batch["number"][0]))
-    except EmbedlibError as problem:
-        error = json.dumps({"kind": type(problem).__name__, "message": str(problem)})
-    return {"number": batch["number"], "rows": np.array([rows]), "error": np.array([error])}
+    """Ray task: some pieces of work. An error travels as a row: raised, it would come back as Ray's own."""
+    done = []
+    for number in batch["number"].tolist():
+        try:
+            function(build, number)
+            done.append("")
+        except EmbedlibError as problem:
+            done.append(json.dumps({"kind": type(problem).__name__, "message": str(problem)}))
+            break
+    return {"number": batch["number"][: len(done)], "error": np.array(done)}
 
 
 def convert_file(build: Build, number: int) -> int:
