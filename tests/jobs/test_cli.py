@@ -7,6 +7,7 @@ from embedlib.config import Config
 from embedlib.errors import ConfigError, DataError
 from jobs import cli
 from jobs.cli import read_config, read_run, run_job
+from jobs.corpus import BuildConfig
 from jobs.distill import DEMO_RUN, DistillConfig
 from jobs.recipe import RecipeConfig, resolve
 
@@ -168,7 +169,8 @@ def test_a_job_gets_the_command_line_and_ends_with_one_line(monkeypatch: pytest.
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name)
 def test_every_run_file_is_a_run(path: Path) -> None:
-    kind = RecipeConfig if "stages" in read_run(path) else DistillConfig
+    values = read_run(path)
+    kind = RecipeConfig if "stages" in values else BuildConfig if "sources" in values else DistillConfig
     config = read_config(kind, [str(path)])
     assert kind.model_validate(config.model_dump()) == config
     assert kind.model_validate_json(config.model_dump_json()) == config
