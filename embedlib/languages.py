@@ -1,7 +1,7 @@
 """Which language a text is in: CLD2 where it is sure, fastText's small model for the rest.
 
-CLD2 is ten times as fast and leaves one text in ten undecided; together they are faster, and right more often, than
-either alone (docs/benchmarks.md).
+CLD2 is much the faster and leaves one text in twelve undecided; together they are faster than fastText alone, and right
+more often than either (docs/benchmarks.md).
 """
 
 from collections.abc import Iterable, Sequence

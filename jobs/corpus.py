@@ -414,14 +414,17 @@ def refine_part(build: Build, number: int) -> int:
 
 
 def read_part(build: Build, config: BuildConfig, part: Part) -> pa.Table:
-    """The raw rows of a part; ArtifactError where a file that was readable is so no more."""
+    """The raw rows of a part, all of them broken where its row groups are damaged."""
     file = build.files.parquet[part.file]
     is_converted = file.path != build.files.found[part.file].path
     try:
         parquet = pq.ParquetFile(file.path, filesystem=file.filesystem)
         return read_raw(parquet, config.sources[part.source], part.groups, is_converted)
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{file}: row groups {part.groups} cannot be read: {error}") from error
+        if not file.is_local or not file.exists():  # which is no fault of the file's
+            raise DataError(f"{file}: row groups {part.groups} cannot be read: {error}") from error
+        rows = {"text": [str(error)[:200]] * part.num_rows, "reason": ["damaged row group"] * part.num_rows}
+        return pa.table([pa.array(rows.get(f.name, [None] * part.num_rows), f.type) for f in RAW], schema=RAW)
 
 
 def quarantine_table(source: str, first_row: int, refined: Refined) -> pa.Table:

@@ -288,6 +288,22 @@ def test_near_duplicates_leave_one_of_each(tmp_path: Path, without_ray: Callable
     assert len(kept) == manifest.measurements["kept"]
 
 
+def test_a_damaged_row_group_is_told_and_the_others_are_read(tmp_path: Path, without_ray: Callable[..., None]) -> None:
+    path = tmp_path / "a.parquet"
+    texts = [sentence(number) for number in range(200)]
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=100, compression="zstd", use_dictionary=False)
+    column = pq.read_metadata(path).row_group(1).column(0)
+    damaged = bytearray(path.read_bytes())
+    middle = column.data_page_offset + column.total_compressed_size // 2
+    damaged[middle : middle + 50] = bytes(50)
+    path.write_bytes(damaged)
+    source = {"name": "a", "path": str(path), "lang": "en"}
+    manifest = build_corpus(config_for(tmp_path, tmp_path / "out", sources=[source], evaluation=[]))
+    require_all(manifest)
+    assert manifest.measurements["quarantined"] == {"damaged row group": 100}
+    assert {row["text"] for row in rows_of(tmp_path / "out")} == set(texts[:100])
+
+
 def test_tokens_are_counted(raw: Path, tmp_path: Path, tiny_encoder: Path, without_ray: Callable[..., None]) -> None:
     manifest = build_corpus(config_for(raw, tmp_path / "out", tokenizer=str(tiny_encoder)))
     rows = rows_of(tmp_path / "out")
