@@ -24,12 +24,11 @@ from pydantic import Field
 
 from embedlib.config import Config
 from embedlib.errors import DataError
-from embedlib.schemas import CORPUS, QUARANTINE
+from embedlib.schemas import CORPUS, QUARANTINE, UNKNOWN_LANGUAGE
 
 READ_ROWS = 8192
 EXCERPT_CHARACTERS = 200
 SPLITS = ("train", "validation", "held_out")
-UNKNOWN_LANGUAGE = "und"
 LANGUAGE_TAG = re.compile("[A-Za-z0-9_-]{1,32}")
 MAX_GROUP = 2**63 - 1
 LEAK = "its text, or a translation of it, is in another split"

@@ -9,6 +9,8 @@ from typing import Any
 import numpy.typing as npt
 import pyarrow as pa
 
+UNKNOWN_LANGUAGE = "und"
+
 CORPUS = pa.schema(
     [
         pa.field("id", pa.int64(), nullable=False),
@@ -26,6 +28,35 @@ QUARANTINE = pa.schema(
         pa.field("row", pa.int64(), nullable=False),  # its position in that file, from 0
         pa.field("reason", pa.string(), nullable=False),
         pa.field("excerpt", pa.string(), nullable=False),  # at most 200 characters
+    ]
+)
+
+
+_NUM_TOKENS = pa.field("num_tokens", pa.int32())  # null where no tokenizer was given
+
+# What jobs/corpus.py writes. CORPUS_SHARD has the columns of CORPUS, so that every reader of one reads the other.
+CORPUS_SHARD = pa.schema([*CORPUS, pa.field("source", pa.string(), nullable=False), _NUM_TOKENS])
+
+PAIRS = pa.schema(
+    [
+        pa.field("id", pa.int64(), nullable=False),
+        pa.field("left", pa.string(), nullable=False),
+        pa.field("right", pa.string(), nullable=False),  # a translation of `left`
+        pa.field("left_lang", pa.string(), nullable=False),
+        pa.field("right_lang", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        _NUM_TOKENS,  # of both sides together
+    ]
+)
+
+QUERY_PASSAGE = pa.schema(
+    [
+        pa.field("id", pa.int64(), nullable=False),
+        pa.field("query", pa.string(), nullable=False),
+        pa.field("passage", pa.string(), nullable=False),  # answers the query
+        pa.field("lang", pa.string(), nullable=False),  # of the passage
+        pa.field("source", pa.string(), nullable=False),
+        _NUM_TOKENS,  # of both together
     ]
 )
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,21 +73,30 @@ class Store(NamedTuple):
         with self.filesystem.open_input_stream(self.path) as stream:
             return bytes(stream.read())
 
-    def write(self, content: bytes) -> None:
+    def write(self, content: "bytes | memoryview[int]") -> None:
         """Put a file here that others see whole or not at all; ArtifactError where the store refuses."""
+        self._write_blocks(iter([content]))
+
+    def _write_blocks(self, blocks: "Iterator[bytes | memoryview[int]]") -> None:
         parent, name = self.path.rsplit("/", 1)
         # An object appears when its upload ends; a file of a disk grows, so it gets its name when it is whole.
         scratch = f"{parent}/.{name}.{os.getpid()}" if self.is_local else self.path
         try:
             self.filesystem.create_dir(parent, recursive=True)
             with self.filesystem.open_output_stream(scratch) as stream:
-                stream.write(content)
+                for block in blocks:
+                    stream.write(block)
             if scratch != self.path:
                 self.filesystem.move(scratch, self.path)
         except OSError as error:
             if scratch != self.path and self.filesystem.get_file_info(scratch).type == fs.FileType.File:
                 self.filesystem.delete_file(scratch)
             raise ArtifactError(f"{self}: could not be written: {error}") from error
+
+    def put(self, local: Path) -> None:
+        """Put a file of this machine here, as `write` puts its content, without holding it in memory."""
+        with local.open("rb") as content:
+            self._write_blocks(iter(lambda: content.read(1 << 22), b""))
 
     def read_json(self) -> Any:
         """The value of a JSON file, None where there is no file."""

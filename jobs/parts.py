@@ -13,15 +13,15 @@ from embedlib.storage import Store
 SPLIT_BYTES = (pa.float16(), pa.float32())
 
 
-def part_name(number: int) -> str:
-    """The file of part number `number`."""
-    return f"part-{number:06}.parquet"
+def part_name(number: int, kind: str = "parquet") -> str:
+    """The file of part number `number`, of the kind that its ending names."""
+    return f"part-{number:06}.{kind}"
 
 
-def missing_parts(directory: Store, num_parts: int) -> list[int]:
+def missing_parts(directory: Store, num_parts: int, kind: str = "parquet") -> list[int]:
     """Numbers of the parts that are not there yet."""
     there = {file.path.rsplit("/", 1)[-1] for file in directory.files()}
-    return [number for number in range(num_parts) if part_name(number) not in there]
+    return [number for number in range(num_parts) if part_name(number, kind) not in there]
 
 
 def write_parquet(path: Store, table: pa.Table) -> None:

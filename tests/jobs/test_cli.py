@@ -7,13 +7,14 @@ from embedlib.config import Config
 from embedlib.errors import ConfigError, DataError
 from jobs import cli
 from jobs.cli import read_config, read_run, run_job
+from jobs.corpus import BuildConfig
 from jobs.distill import DEMO_RUN, DistillConfig
 from jobs.evaluate import EvaluateConfig
 from jobs.recipe import RecipeConfig, resolve
 
 RUNS = sorted((Path(cli.__file__).parent / "runs").glob("*.yaml"))
 # What a run file has that no other job knows.
-KINDS = {"stages": RecipeConfig, "tasks": EvaluateConfig}
+KINDS = {"stages": RecipeConfig, "tasks": EvaluateConfig, "sources": BuildConfig}
 
 
 class Inner(Config):

