@@ -2,7 +2,7 @@
 # A Ray cluster on this machine, with token authentication, that listens on 127.0.0.1 alone.
 #
 #   cluster/local.sh python jobs/distill.py [RUN.yaml] [--section.key value …]   start it, run one job on it, stop it
-#   cluster/local.sh start     leave it running; jobs: export RAY_AUTH_MODE=token; ray job submit -- python jobs/…
+#   cluster/local.sh start     leave it running, and say what to export for `ray job submit -- python jobs/distill.py`
 #   cluster/local.sh stop      stop what `start` started, and nothing else
 #
 # Other Ray clusters on the machine are left as they are.
@@ -61,14 +61,16 @@ stop() {
 }
 
 # Six free ports between Ray's own (up to 19999) and those that the kernel gives to connections (from 32768): one of
-# theirs could be taken before Ray, which needs seconds to start, binds it.
+# theirs could be taken before Ray, which needs seconds to start, binds it. The first, the dashboard's, is 8265 where a
+# cluster stays, so that one knows where to send jobs, unless that is taken.
 free_ports() {
-  python - <<'EOF'
+  python - "$@" <<'EOF'
 import random
 import socket
+import sys
 
 found = []
-for port in random.sample(range(20000, 32768), 100):
+for port in [*map(int, sys.argv[1:]), *random.sample(range(20000, 32768), 100)]:
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", port)):
             found.append(port)
@@ -90,10 +92,10 @@ print(max(4, cores if quota == "max" else min(cores, max(1, int(quota) // int(pe
 EOF
 }
 
-# Leaves $port, $dashboard and $agent.
+# Leaves $dashboard and $agent; takes the ports to prefer.
 start() {
   [ -n "${RAY_AUTH_TOKEN:-}" ] || (umask 077; ray get-auth-token --generate >/dev/null 2>&1)
-  read -r port dashboard agent client stats metrics < <(free_ports)
+  read -r dashboard port agent client stats metrics < <(free_ports "$@")
   mkdir -p "$home/haproxy"
   export RAY_SERVE_HAPROXY_STATS_PORT=$stats RAY_SERVE_HAPROXY_METRICS_PORT=$metrics
   export RAY_SERVE_HAPROXY_CONFIG_FILE_LOC=$home/haproxy/haproxy.cfg
@@ -120,10 +122,10 @@ is_up() { (exec 3<>"/dev/tcp/127.0.0.1/$agent") 2>/dev/null && ray job list >/de
 case "$*" in
   start)
     head_pid >/dev/null && { echo "A cluster runs at $(cat "$home/address") already; cluster/local.sh stop" >&2; exit 1; }
-    start || { stop; exit 1; }
+    start 8265 || { stop; exit 1; }
     echo "$RAY_ADDRESS" >"$home/address"
-    echo "Ray runs with $(detected_cpus) CPUs at $RAY_ADDRESS, for the token of \`ray get-auth-token\`. To send it jobs:"
-    echo "  export RAY_AUTH_MODE=token RAY_ADDRESS=$RAY_ADDRESS"
+    echo "Ray runs with $(detected_cpus) CPUs at $RAY_ADDRESS, for whoever has the token. To send it jobs:"
+    echo "  export RAY_AUTH_MODE=token RAY_API_SERVER_ADDRESS=$RAY_ADDRESS"
     ;;
   stop)
     head_pid >/dev/null || { echo "No cluster that cluster/local.sh started is running" >&2; stop; exit 1; }
