@@ -10,7 +10,7 @@ export PATH := $(BIN):$(PATH)
 # Without its caches every process compiles its libraries anew: 21 s instead of 9 until a worker of jobs/embed.py begins.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo serve test test-all lint format lock bench-distill bench-train bench-encode bench-embed-job bench-serve bench-evaluate bench-mine bench-mine-scale bench-corpus clean
+.PHONY: help demo serve test test-all lint format lock bench-distill bench-train bench-encode bench-embed-job bench-serve bench-evaluate bench-mine bench-mine-scale bench-corpus bench-overheads faults clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -66,6 +66,14 @@ bench-mine-scale: $(VENV)/.dev ## mining a large corpus: memory under two settin
 
 bench-corpus: $(VENV)/.dev ## building a corpus: rows counted, time and memory by rows, polars, groupby
 	$(BIN)/python -m benchmarks.corpus $(BENCH)
+
+bench-overheads: $(VENV)/.dev ## what Ray asks for itself by the number of workers, and what that leaves of many GPUs
+	$(BIN)/python -m benchmarks.overheads $(BENCH)
+
+# About a minute a trial: make faults FAULTS="--trials 100 --seed 0".
+FAULTS ?= --trials 20
+faults: $(VENV)/.dev ## kill workers, nodes, GCS and drivers, fill disks, cut links: artifacts/faults.json
+	$(BIN)/python -m pytest tests/faults --report artifacts/faults.json $(FAULTS)
 
 lock: $(VENV)/.dev ## write the versions in use to requirements.lock
 	$(BIN)/pip freeze --exclude-editable --disable-pip-version-check | sed -E 's/^(torch==[^+]+)\+.*/\1/' > requirements.lock

@@ -48,6 +48,7 @@ from embedlib.sources import (
 )
 from embedlib.storage import Store, user_directory, user_path
 from embedlib.wheels import cache_directory
+from jobs.metrics import RunReport
 from jobs.parts import claim, missing_parts, part_name, write_parquet
 from jobs.runtime import Progress, connect, cpu_processes, num_gpus, own_errors, quiet
 
@@ -412,7 +413,9 @@ def embed_parts(model: Path, plans: Sequence[EmbedPlan], prepared: Sequence[Prep
     )
     total = sum(part.num_rows for plan in plans for part in plan.parts)
     before = total - sum(plan.parts[number].num_rows for plan in plans for number in plan.missing)
-    progress = Progress("embed", total, "texts")
+    # Several inputs are one run, told of where the first one goes.
+    report = RunReport("embed", plans[0].mark, plans[0].output, total, "texts")
+    report.update(before)
     rows, tokens = np.zeros(len(plans)), 0
     first, last = np.full(len(plans), np.inf), np.zeros(len(plans))
     for row in done:
@@ -423,9 +426,11 @@ def embed_parts(model: Path, plans: Sequence[EmbedPlan], prepared: Sequence[Prep
         rows[work], tokens = rows[work] + row["rows"], tokens + int(row["tokens"])
         first[work], last[work] = min(first[work], row["start"]), max(last[work], row["end"])
         expected = tokens / max(rows.sum(), 1) * (total - before)
-        progress.update(
+        tokens_per_s = tokens / (last.max() - first.min())
+        report.update(
             min(before + int(rows.sum()), total),
-            f"{tokens:,} of about {expected:,.0f} tokens · {tokens / (last.max() - first.min()):,.0f} tokens/s",
+            f"{tokens:,} of about {expected:,.0f} tokens · {tokens_per_s:,.0f} tokens/s",
+            {"tokens_per_second": tokens_per_s},
         )
     return [float(rate) for rate in np.where(rows > 0, rows / np.maximum(last - first, 1e-9), 0.0)]
 

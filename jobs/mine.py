@@ -37,9 +37,10 @@ from embedlib.shard import INDEX_NAME, build_shard
 from embedlib.sources import ColumnsConfig, input_files, rejected_table
 from embedlib.storage import Store, user_directory, user_path
 from jobs.embed import EmbedConfig, EmbedResult, content_mark, embed_all
+from jobs.metrics import RunReport
 from jobs.miner import STATISTICS, MinePlan, Miner, read_queries
 from jobs.parts import claim, missing_parts, part_name, write_parquet
-from jobs.runtime import Progress, connect, own_errors
+from jobs.runtime import connect, own_errors
 from jobs.shards import (
     VECTORS,
     SearchConfig,
@@ -132,7 +133,8 @@ def mine(config: MineConfig) -> MineResult:
     shards = start_shards(plan.shards)
     searched, measured = gated(plan.shards, shards, sample_queries(plan, config.search.recall_queries))
     plan = plan._replace(shards=searched)
-    mine_blocks(plan, shards, missing_parts(output, plan.num_blocks))
+    report = RunReport("mine", mark, output, plan.num_blocks, "blocks")
+    mine_blocks(plan, shards, missing_parts(output, plan.num_blocks), report, measured.get("recall_at_10"))
     if config.search.merged:
         indexes = [searched.directory(number) / INDEX_NAME for number in range(len(shards))]
         merge_indexes(searched.trained, indexes, Path(output.path) / INDEX_NAME)
@@ -308,10 +310,12 @@ def sample_queries(plan: MinePlan, num_queries: int) -> npt.NDArray[np.float32]:
     return np.concatenate(found).astype(np.float32)
 
 
-def mine_blocks(plan: MinePlan, shards: list[Any], missing: Sequence[int]) -> None:
-    """Mine the blocks that are missing."""
-    progress = Progress("mine", plan.num_blocks, "blocks")
-    progress.update(plan.num_blocks - len(missing))
+def mine_blocks(
+    plan: MinePlan, shards: list[Any], missing: Sequence[int], report: RunReport, recall: float | None
+) -> None:
+    """Mine the blocks that are missing; `recall` is what the index was measured to find."""
+    measured = {} if recall is None else {"recall": recall}
+    report.update(plan.num_blocks - len(missing), values=measured)
     remote = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy="SPREAD")(Miner)
     # One more than there are nodes: while a block is chosen from, the shards search the next.
     miners = ActorPool([remote.remote(plan, shards) for _ in range(min(len(missing), len(ray.nodes()) + 1))])
@@ -321,7 +325,7 @@ def mine_blocks(plan: MinePlan, shards: list[Any], missing: Sequence[int]) -> No
     for done in range(1, len(missing) + 1):
         with own_errors():
             negatives += miners.get_next_unordered()["negatives"]
-        progress.update(plan.num_blocks - len(missing) + done, f"{negatives:,} negatives")
+        report.update(plan.num_blocks - len(missing) + done, f"{negatives:,} negatives", measured)
 
 
 def totals(output: Store, num_blocks: int) -> dict[str, Any]:

@@ -25,8 +25,10 @@ from embedlib.collectives import all_reduce_sum, from_first_process
 from embedlib.config import Config
 from embedlib.distillation import Step
 from embedlib.errors import ConfigError
+from embedlib.storage import Store
 from embedlib.training import TrainState
-from jobs.runtime import Progress, num_gpus, quiet
+from jobs.metrics import RunReport
+from jobs.runtime import num_gpus, quiet
 
 WEIGHTS, STATE, HISTORY = "model.safetensors", "state.pt", "history.jsonl"
 LOG_EVERY_STEPS = 10
@@ -94,7 +96,12 @@ def run_worker(trained: Trained, workers: WorkersConfig, log: Path, what: str) -
     if several:
         torch.distributed.barrier()
 
-    progress = Progress(what, state.total_steps, "steps")
+    # The run's directory is named by its fingerprint; the log lies in it.
+    told_of = {"loss": "loss", "tokens_per_second": "tokens_per_s", "validation": trained.metric}
+    report = None
+    if rank == 0:
+        report = RunReport(what, log.parent.name, Store.at(str(log.parent)), state.total_steps, "steps")
+        report.update(state.step)
     waits = Patience(workers.patience, read_validations(log, trained.metric))
     window: list[tuple[float, float]] = []
     with (log / f"samples-{rank:04}.jsonl").open("a") as samples, (log / HISTORY).open("a") as history:
@@ -119,8 +126,12 @@ def run_worker(trained: Trained, workers: WorkersConfig, log: Path, what: str) -
             if rank == 0 and len(record) > 1:
                 history.write(json.dumps(record) + "\n")
                 history.flush()
-            if rank == 0 and "loss" in record:
-                progress.update(step.step, f"loss {record['loss']:.4f} · {record['tokens_per_s']:,.0f} tokens/s")
+            if report and "loss" in record:
+                report.update(
+                    step.step,
+                    f"loss {record['loss']:.4f} · {record['tokens_per_s']:,.0f} tokens/s",
+                    {told: record[name] for told, name in told_of.items() if name in record},
+                )
             if keeps or last:
                 samples.flush()
                 save_checkpoint(trained.model, state, record, is_writer=rank == 0)

@@ -1,0 +1,279 @@
+"""What Ray asks of a cluster for itself, by the number of workers, and what that leaves of 8, 64 and 512 GPUs.
+
+    python -m benchmarks.overheads [--quick] [--json OUT]
+
+The model does nothing, so that everything measured is overhead: the time of a task and of a part of an embedding job,
+the bytes that go through the object store, and the time and bytes of a step's all-reduce, at 1, 2, 4 and 8 workers of
+this machine. Workers share its cores, which machines would not; so no time here is a cluster's, and the model takes
+bytes and the driver's time for each part from the measurements, and bandwidths from data sheets.
+"""
+
+import json
+import math
+import re
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray
+import torch
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.command import benchmark_parser, write_result
+from benchmarks.machine import describe_machine
+from embedlib.collectives import all_gather_rows
+from jobs.runtime import connect
+
+WORKERS, QUICK_WORKERS = (1, 2, 4, 8), (1, 2)
+GPUS = (8, 64, 512)
+PARTS, STEPS = 256, 30
+# The student of the me5s recipe: its gradients are what is added up, its batch what is gathered.
+PARAMETERS, DIM, BATCH = 13_218_816, 384, 512
+MEASURED_PARAMETERS = 1_000_000
+# A part of jobs/embed.py: 32,768 rows of 650 bytes (float16, 384 wide, with ids), written by the worker itself.
+PART_ROWS = 32_768
+
+
+class Hardware(NamedTuple):
+    """A node, by its data sheet."""
+
+    name: str
+    gpus: int
+    texts_per_s: float
+    """One GPU's rate, embedding; assumed."""
+    step_s: float
+    """Compute of a training step on one GPU, at BATCH samples a GPU; assumed."""
+    inside_gb_s: float
+    """Bandwidth between GPUs of a node, a direction."""
+    between_gb_s: float
+    """Bandwidth of a node's network, a direction."""
+    latency_s: float
+    """Of a message between nodes."""
+
+
+H100 = Hardware("8 × H100, NVLink, 400 Gbit/s", 8, 20_000.0, 0.040, 450.0, 50.0, 20e-6)
+L4 = Hardware("1 × L4, 25 Gbit/s", 1, 4_000.0, 0.200, 32.0, 3.1, 50e-6)
+
+
+class NoOp:
+    """An encoder that does nothing, as jobs/embed.py's actors are used: a part's number in, its counts out."""
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Say what a part would have held."""
+        return {"number": batch["number"], "rows": np.full(len(batch["number"]), PART_ROWS)}
+
+
+class Scheduling(NamedTuple):
+    """What the driver does for a job, with workers that do nothing."""
+
+    workers: int
+    task_s: float
+    """Of an empty task, from call to result, many under way."""
+    part_s: float
+    """Of a part of an embedding plan on Ray Data."""
+    store_bytes_a_part: float
+    """That go through the object store."""
+
+
+def measure_scheduling(workers: int, parts: int) -> Scheduling:
+    """Empty tasks, then an empty embedding job."""
+    task = ray.remote(num_cpus=1)(nothing)
+    ray.get([task.remote() for _ in range(workers)])  # their processes start
+    start = time.perf_counter()
+    ray.get([task.remote() for _ in range(4 * parts)])
+    task_s = (time.perf_counter() - start) / (4 * parts)
+    items = [{"number": number, "part": "x" * 100} for number in range(parts)]
+    plan = ray.data.from_items(items, override_num_blocks=parts).map_batches(
+        NoOp, batch_size=1, compute=ray.data.ActorPoolStrategy(size=workers), num_cpus=1
+    )
+    first = None
+    for _ in plan.iter_rows():
+        first = first or time.perf_counter()
+    assert first
+    return Scheduling(
+        workers=workers,
+        task_s=task_s,
+        part_s=(time.perf_counter() - first) / (parts - 1),
+        store_bytes_a_part=stored_bytes(plan.stats()) / parts,
+    )
+
+
+def nothing() -> None:
+    """A task."""
+
+
+def stored_bytes(stats: str) -> int:
+    """Bytes of all blocks that a plan's own statistics tell of."""
+    return sum(int(total) for total in re.findall(r"Output size bytes per block: .* (\d+) total", stats))
+
+
+class Step(NamedTuple):
+    """A training step of a model that does nothing but has gradients."""
+
+    workers: int
+    seconds: float
+    reduce_s: float
+    """Of that, adding up gradients and gathering vectors."""
+    reduced_bytes: int
+    """Of gradients, that each process hands to the all-reduce."""
+    gathered_bytes: int
+    """Of vectors, that each process receives."""
+
+
+def measure_steps(workers: int, steps: int) -> Step:
+    """Steps of `workers` processes on Ray Train."""
+    trainer = TorchTrainer(
+        train,
+        train_loop_config={"steps": steps},
+        scaling_config=ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 1}),
+        run_config=RunConfig(name=f"overheads-{workers}-{time.time_ns()}"),
+    )
+    found = trainer.fit().metrics
+    assert found
+    return Step(workers=workers, **{name: found[name] for name in Step._fields if name != "workers"})
+
+
+def train(config: dict[str, Any]) -> None:
+    """One process: a linear model, DistributedDataParallel, a gather of vectors, as jobs/trainer.py has them."""
+    torch.set_num_threads(1)
+    context = ray.train.get_context()
+    world = context.get_world_size()
+    model: torch.nn.Module = torch.nn.Linear(1000, MEASURED_PARAMETERS // 1000, bias=False)
+    model = DistributedDataParallel(model) if world > 1 else model
+    inputs, vectors = torch.zeros(1, 1000), torch.zeros(BATCH // world, DIM)
+    seconds, alone = [], []
+    for _ in range(config["steps"] + 3):
+        start = time.perf_counter()
+        model(inputs).sum().backward()
+        if world > 1:
+            all_gather_rows(vectors)
+        seconds.append(time.perf_counter() - start)
+    plain = model.module if isinstance(model, DistributedDataParallel) else model
+    for _ in range(config["steps"]):
+        start = time.perf_counter()
+        plain(inputs).sum().backward()
+        alone.append(time.perf_counter() - start)
+    step_s = float(np.median(seconds[3:]))
+    ray.train.report(
+        {
+            "seconds": step_s,
+            "reduce_s": max(0.0, step_s - float(np.median(alone))) if world > 1 else 0.0,
+            "reduced_bytes": sum(4 * parameter.numel() for parameter in model.parameters()) if world > 1 else 0,
+            "gathered_bytes": 4 * BATCH * DIM * (world - 1) // world,
+        }
+    )
+
+
+def ring_bytes(size: float, workers: int) -> float:
+    """Bytes that each process of a ring all-reduce sends for `size` bytes of gradients."""
+    return 2 * size * (workers - 1) / workers
+
+
+def embed_efficiency(hardware: Hardware, gpus: int, part_s: float) -> float:
+    """Share of `gpus` times one GPU's rate that an embedding job reaches where the driver takes `part_s` a part.
+
+    The driver hands out parts one after the other; as long as that is quicker than all GPUs together, nobody waits.
+    """
+    compute_s = PART_ROWS / hardware.texts_per_s / gpus
+    return compute_s / max(compute_s, part_s)
+
+
+def train_efficiency(hardware: Hardware, gpus: int) -> float:
+    """Share of `gpus` times one GPU's rate that training reaches, nothing of the exchange hidden behind compute."""
+    return hardware.step_s / (hardware.step_s + exchange_s(hardware, gpus))
+
+
+def exchange_s(hardware: Hardware, gpus: int) -> float:
+    """Seconds of a step's all-reduce and gather over `gpus` GPUs: inside the nodes, then between them."""
+    if gpus == 1:
+        return 0.0
+    nodes = max(1, gpus // hardware.gpus)
+    inside = min(gpus, hardware.gpus)
+    gradients, vectors = 4.0 * PARAMETERS, 2.0 * BATCH * DIM
+    # A node's GPUs reduce among themselves and share their network; each then sends its share to its peers.
+    seconds = (ring_bytes(gradients, inside) + vectors * (inside - 1)) / (hardware.inside_gb_s * 1e9)
+    if nodes > 1:
+        seconds += (ring_bytes(gradients, nodes) + vectors * (gpus - inside)) / (hardware.between_gb_s * 1e9)
+        seconds += 2 * math.log2(nodes) * hardware.latency_s
+    return seconds
+
+
+class Check(NamedTuple):
+    """The exchange's cost as the model has it against what was measured, on this machine's loopback."""
+
+    workers: int
+    measured_s: float
+    modelled_s: float
+
+
+def checked(steps: Sequence[Step]) -> tuple[float, float, list[Check]]:
+    """Bandwidth in bytes/s and latency in seconds of this machine's exchange, and the model at every point.
+
+    Workers share the machine, whose memory all their bytes pass: latency · log₂ n + all bytes ÷ bandwidth. Both
+    are the least squares of the measured points; a model of the wrong shape would not meet more points than it has
+    parameters.
+    """
+    several = [step for step in steps if step.workers > 1]
+    rows = [[math.log2(step.workers), step.workers * sent(step)] for step in several]
+    (latency, per_byte), *_ = np.linalg.lstsq(np.array(rows), np.array([step.reduce_s for step in several]), rcond=None)
+    modelled = np.array(rows) @ [latency, per_byte]
+    found = [Check(step.workers, step.reduce_s, float(value)) for step, value in zip(several, modelled, strict=True)]
+    return 1 / per_byte, float(latency), found
+
+
+def sent(step: Step) -> float:
+    """Bytes that a process sends in a step."""
+    return ring_bytes(step.reduced_bytes, step.workers) + step.gathered_bytes
+
+
+def modelled(scheduling: Sequence[Scheduling]) -> list[dict[str, Any]]:
+    """Efficiency by hardware and number of GPUs, with the driver's worst time for a part."""
+    part_s = max(each.part_s for each in scheduling)
+    return [
+        {
+            "hardware": hardware.name,
+            "gpus": gpus,
+            "embed": embed_efficiency(hardware, gpus, part_s),
+            "train": train_efficiency(hardware, gpus),
+            "exchange_ms": 1e3 * exchange_s(hardware, gpus),
+        }
+        for hardware in (H100, L4)
+        for gpus in GPUS
+    ]
+
+
+def main() -> None:
+    """Measure, model, check, tell."""
+    options = benchmark_parser(
+        "Overheads by workers, and what they leave of many GPUs.", "1 and 2 workers"
+    ).parse_args()
+    workers = QUICK_WORKERS if options.quick else WORKERS
+    parts, steps = (32, 10) if options.quick else (PARTS, STEPS)
+    connect()
+    scheduling = [measure_scheduling(number, parts) for number in workers]
+    exchanged = [measure_steps(number, steps) for number in workers]
+    bandwidth, latency, checks = checked(exchanged)
+    model = modelled(scheduling)
+    for each in (*scheduling, *exchanged, *checks):
+        print(type(each).__name__, json.dumps(each._asdict()))
+    print(f"this machine's exchange: {bandwidth / 1e9:.2f} GB/s, {1e3 * latency:.2f} ms a doubling")
+    for row in model:
+        print(f"{row['hardware']}, {row['gpus']} GPUs: embed {row['embed']:.1%}, train {row['train']:.1%}")
+    result = {
+        "machine": describe_machine(),
+        "runs": {
+            "scheduling": [each._asdict() for each in scheduling],
+            "steps": [each._asdict() for each in exchanged],
+        },
+        "ratios": {"modelled_by_measured": {each.workers: each.modelled_s / each.measured_s for each in checks}},
+        "model": model,
+        "exchange": {"bytes_per_s": bandwidth, "latency_s": latency},
+    }
+    write_result(options.json, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""What the suite is asked for, the files of its jobs, their undisturbed results, and the report.
+
+    python -m pytest tests/faults --trials 20 --seed 1 [--jobs embed,mine] [--faults worker,node] [--report faults.json]
+
+Without --trials nothing runs: a trial takes about a minute.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.conftest import corpus_rows
+from tests.faults.draw import draw
+from tests.faults.report import show, summary
+from tests.faults.work import JOBS
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RESULTS: list[dict[str, Any]] = []
+NUM_TEXTS, NUM_MINED, NUM_QUERIES = 10_240, 6000, 2000
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("faults")
+    group.addoption("--trials", type=int, default=0, help="how many faults")
+    group.addoption("--seed", type=int, default=0, help="decides jobs, faults and moments")
+    group.addoption("--jobs", default="", help="comma-separated; none: all")
+    group.addoption("--faults", default="", help="comma-separated; none: all")
+    group.addoption("--report", type=Path, help="where to write trials, losses and recovery times")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "drawn" in metafunc.fixturenames:
+        option = metafunc.config.getoption
+        chosen = [set(filter(None, option(name, "").split(","))) for name in ("--jobs", "--faults")]
+        plans = draw(option("--trials", 0), option("--seed", 0), *chosen)
+        metafunc.parametrize("drawn", plans, ids=[f"{plan.number}-{plan.job}-{plan.fault}" for plan in plans])
+
+
+@pytest.fixture(scope="session")
+def files(
+    tiny_encoder: Path, tiny_corpus: Path, tiny_texts: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    """Paths by name."""
+    folder = tmp_path_factory.mktemp("files")
+    texts = [f"{tiny_texts[row % len(tiny_texts)]} {row}" for row in range(NUM_TEXTS)]
+    pq.write_table(pa.table({"id": range(NUM_TEXTS), "text": texts}), folder / "corpus.parquet", row_group_size=1000)
+    queries = [text.upper() for text in texts[:NUM_QUERIES]]
+    answers = texts[NUM_MINED - NUM_QUERIES : NUM_MINED]
+    pq.write_table(pa.table({"query": queries, "positive": answers}), folder / "pairs.parquet")
+    rows = corpus_rows()
+    english, german = ([row["text"] for row in rows if row["lang"] == lang] for lang in ("en", "de"))
+    pq.write_table(pa.table({"query": english, "positive": german}), folder / "translations.parquet")
+    pieces = {piece for piece, _ in json.loads((tiny_encoder / "tokenizer.json").read_text())["model"]["vocab"]}
+    made = {name: str(folder / f"{name}.parquet") for name in ("corpus", "pairs", "translations")}
+    # All pieces that the tiny model can keep, and the bytes.
+    vocabulary = str(len(pieces - {"<mask>"}) + 256)
+    return made | {"sentences": str(tiny_corpus), "model": str(tiny_encoder), "vocabulary": vocabulary}
+
+
+@pytest.fixture(scope="session")
+def undisturbed(files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """What a job makes when nothing happens, made once a session."""
+    made: dict[str, Path] = {}
+
+    def of(job: str) -> Path:
+        if job not in made and job in JOBS:
+            folder = tmp_path_factory.mktemp(job)
+            (folder / "values.json").write_text(json.dumps(JOBS[job].values(files, folder / "output")))
+            environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_ADDRESS")}
+            command = [sys.executable, "-m", "tests.faults.drive", job, str(folder / "values.json")]
+            subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, timeout=300)
+            made[job] = folder / "output"
+        return made.get(job, Path())
+
+    return of
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if not RESULTS:
+        return
+    show(RESULTS, terminalreporter.write_line)
+    if path := config.getoption("--report", None):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(summary(RESULTS), indent=2) + "\n")
