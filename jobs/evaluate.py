@@ -33,7 +33,7 @@ from embedlib.config import Config
 from embedlib.encoder import Encoder, default_device, fast_dtype
 from embedlib.errors import ConfigError, DataError, EmbedlibError, GateError
 from embedlib.evaluation.documents import make_document_tasks, read_documents
-from embedlib.evaluation.drift import Drift, Fertility, measure_drift, measure_fertility
+from embedlib.evaluation.drift import LEAST_TEXTS, Drift, Fertility, measure_drift, measure_fertility
 from embedlib.evaluation.evaluation_report import (
     Evaluation,
     draw_evaluation,
@@ -270,7 +270,9 @@ def scorers(config: EvaluateConfig, work: int) -> list[Any]:
     gpus = num_gpus()
     size = gpus or len(ray.nodes()) * cpu_processes()
     silent = {"env_vars": {"TQDM_DISABLE": "1"}}  # mteb draws a bar for every column of a task
-    remote = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, runtime_env=silent)(Scorer)
+    # What a lost scorer had finished is on disk, so doing its task again costs little.
+    kept = {"max_restarts": -1, "max_task_retries": 3}
+    remote = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, runtime_env=silent, **kept)(Scorer)
     return [remote.remote(config.dtype) for _ in range(max(1, min(size, work)))]
 
 
@@ -333,16 +335,13 @@ def texts_of(unit: Unit) -> list[dict[str, Any]]:
 def compare_texts(
     actors: Sequence[Any], models: Sequence[Model], baseline: str, sample: Sample
 ) -> tuple[dict[str, Drift], dict[str, Vectors]]:
-    """Every model against the baseline on texts without labels, and the vectors of all."""
+    """Every model against the baseline on texts without labels, where there are enough, and the vectors of all."""
     found = ray.get(
         [actors[number % len(actors)].embed.remote(model, sample.texts) for number, model in enumerate(models)]
     )
     vectors = {model.name: rows for model, rows in zip(models, found, strict=True)}
-    drift = {
-        name: measure_drift(rows, vectors[baseline], sample.texts, sample.langs)
-        for name, rows in vectors.items()
-        if name != baseline
-    }
+    others = [name for name in vectors if name != baseline] if len(sample.texts) >= LEAST_TEXTS else []
+    drift = {name: measure_drift(vectors[name], vectors[baseline], sample.texts, sample.langs) for name in others}
     return drift, vectors
 
 
@@ -413,7 +412,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     write_evaluation(evaluation, plots, config.directory)
     write_mteb_results(config.directory, models, units)
     for model in models:
-        if config.card and model.name != baseline and config.models[model.name] == str(model.directory):
+        given = config.models[model.name].partition("@")[0]
+        if config.card and model.name != baseline and Path(given).is_dir():
             write_model_card(model.directory, evaluation, model.name)
     if config.push:
         push_model(models[-1].directory, config.push)

@@ -15,7 +15,7 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscali
 from ray.autoscaler._private.util import validate_config
 from ray.serve.schema import ServeDeploySchema
 
-from jobs import bitext, distill, embed, index, merge, mine, recipe, train
+from jobs import bitext, corpus, distill, embed, evaluate, index, merge, mine, recipe, train
 from jobs.cli import read_config
 from serve.app import AppConfig
 from tests.cluster.conftest import CLUSTER, REPOSITORY
@@ -26,8 +26,10 @@ OVERLAYS = [KUBERAY / "overlays" / name for name in ("dev", "prod")]
 JOBS = sorted((KUBERAY / "jobs").iterdir())
 CONFIGS: dict[str, Any] = {
     "bitext": bitext.BitextConfig,
+    "corpus": corpus.BuildConfig,
     "distill": distill.DistillConfig,
     "embed": embed.EmbedConfig,
+    "evaluate": evaluate.EvaluateConfig,
     "index": index.IndexConfig,
     "merge": merge.MergeConfig,
     "mine": mine.MineConfig,
