@@ -276,7 +276,8 @@ def compare(
     for _ in range(num_runs):
         job_s, job_peak, kept = in_fresh_process(run_job, work, source, rows, workers)
         peer_s, peer_peak, peer_kept = in_fresh_process(run_polars if peer == "polars" else run_groupby, work, source)
-        assert peer == "groupby" or peer_kept == kept, f"{peer} keeps {peer_kept}, the job {kept}"
+        # polars' expressions come near to the rules, but are not the same: runs of letters, placeholders.
+        assert peer == "groupby" or abs(peer_kept - kept) <= 1e-3 * kept, f"{peer} keeps {peer_kept}, the job {kept}"
         runs.append({"job_s": job_s, "peer_s": peer_s, "job_rss": job_peak, "peer_rss": peer_peak})
     return runs
 
