@@ -305,9 +305,9 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         ray.shutdown()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator["Browser"]:
-    """A real browser without a window."""
+    """A real browser without a window; while it is there an event loop runs, so it is given back with the module."""
     from playwright.sync_api import sync_playwright
 
     path = next((path for name in BROWSERS if (path := shutil.which(name))), None)
