@@ -117,6 +117,7 @@ def asked(network: Network, *curl: str) -> int:
     return int(done.stdout)
 
 
+JSON = "Content-Type: application/json"
 BEARERS = {"nobody": [], "stranger": ["-H", f"Authorization: Bearer {WRONG}"]}
 
 
@@ -165,13 +166,20 @@ def test_gcs_refuses(cluster: Network, variables: dict[str, str], gets_in: bool)
 
 
 @pytest.mark.parametrize("bearer", BEARERS.values(), ids=BEARERS)
-@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/models", "/v1/files", "/v1/batches", "/embed"])
-def test_the_endpoint_refuses(cluster: Network, bearer: list[str], path: str) -> None:
-    body = ["-H", "Content-Type: application/json", "-d", '{"model": "full", "input": "a", "inputs": "a"}']
-    send = body if path in ("/v1/embeddings", "/embed") else []
-    assert asked(cluster, *bearer, *send, f"http://{HOST}:{ENDPOINT}{path}") == 401
+@pytest.mark.parametrize(
+    ("path", "sent", "answer"),
+    [
+        ("/v1/embeddings", ["-H", JSON, "-d", '{"model": "full", "input": "a"}'], 200),
+        ("/embed", ["-H", JSON, "-d", '{"inputs": "a"}'], 200),
+        ("/v1/models", [], 200),
+        ("/v1/batches", [], 200),
+        ("/v1/files", ["-X", "POST"], 422),  # there is no file in it
+    ],
+)
+def test_the_endpoint_refuses(cluster: Network, bearer: list[str], path: str, sent: list[str], answer: int) -> None:
+    assert asked(cluster, *bearer, *sent, f"http://{HOST}:{ENDPOINT}{path}") == 401
     right = ["-H", f"Authorization: Bearer {(cluster.folder / 'key').read_text()}"]
-    assert asked(cluster, *right, *send, f"http://{HOST}:{ENDPOINT}{path}") == 200
+    assert asked(cluster, *right, *sent, f"http://{HOST}:{ENDPOINT}{path}") == answer
 
 
 def test_what_anybody_may_ask_says_nothing_of_texts(cluster: Network) -> None:
