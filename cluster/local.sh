@@ -56,7 +56,11 @@ stop() {
     done
     kill -KILL -- "-$head" 2>/dev/null || true
   fi
-  pkill -KILL -f "$home/haproxy" || true # it outlives Ray
+  local proxy
+  if proxy=$(cat "$home/proxy" 2>/dev/null) && [ -n "$proxy" ]; then
+    pkill -KILL -f "$proxy" || true # it outlives Ray
+    rm -rf "$proxy"
+  fi
   rm -rf "$home"
 }
 
@@ -96,11 +100,15 @@ EOF
 start() {
   [ -n "${RAY_AUTH_TOKEN:-}" ] || (umask 077; ray get-auth-token --generate >/dev/null 2>&1)
   read -r dashboard port agent client stats metrics < <(free_ports "$@")
-  mkdir -p "$home/haproxy"
+  mkdir -p "$home"
+  # The path of a socket may have 97 characters, and Ray adds a directory of 56.
+  local proxy
+  proxy=$(mktemp -d /tmp/embedlib.XXXXXX)
+  echo "$proxy" >"$home/proxy"
   export RAY_SERVE_HAPROXY_STATS_PORT=$stats RAY_SERVE_HAPROXY_METRICS_PORT=$metrics
-  export RAY_SERVE_HAPROXY_CONFIG_FILE_LOC=$home/haproxy/haproxy.cfg
-  export RAY_SERVE_HAPROXY_SOCKET_PATH=$home/haproxy/admin.sock RAY_SERVE_HAPROXY_SERVER_STATE_BASE=$home/haproxy
-  export RAY_SERVE_HAPROXY_SERVER_STATE_FILE=$home/haproxy/server-state
+  export RAY_SERVE_HAPROXY_CONFIG_FILE_LOC=$proxy/haproxy.cfg
+  export RAY_SERVE_HAPROXY_SOCKET_PATH=$proxy/admin.sock RAY_SERVE_HAPROXY_SERVER_STATE_BASE=$proxy
+  export RAY_SERVE_HAPROXY_SERVER_STATE_FILE=$proxy/server-state
   setsid ray start --head --block --num-cpus "$(detected_cpus)" --node-ip-address 127.0.0.1 --port "$port" \
     --dashboard-host 127.0.0.1 --dashboard-port "$dashboard" --dashboard-agent-listen-port "$agent" \
     --ray-client-server-port "$client" >"$home/log" 2>&1 </dev/null &

@@ -271,8 +271,9 @@ def scorers(config: EvaluateConfig, work: int) -> list[Any]:
     size = gpus or len(ray.nodes()) * cpu_processes()
     silent = {"env_vars": {"TQDM_DISABLE": "1"}}  # mteb draws a bar for every column of a task
     # What a lost scorer had finished is on disk, so doing its task again costs little.
-    kept = {"max_restarts": -1, "max_task_retries": 3}
-    remote = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, runtime_env=silent, **kept)(Scorer)
+    remote = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, runtime_env=silent, max_restarts=-1, max_task_retries=3)(
+        Scorer
+    )
     return [remote.remote(config.dtype) for _ in range(max(1, min(size, work)))]
 
 
