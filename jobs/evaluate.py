@@ -47,7 +47,7 @@ from embedlib.evaluation.model_card import push_model, write_model_card
 from embedlib.evaluation.mteb_encoder import CachedEncoder, VectorCache, prompt_for
 from embedlib.evaluation.official import official_rows, read_published
 from embedlib.evaluation.scorecard import Failure, check_gates, make_scorecard, parse_gate, verdict
-from embedlib.evaluation.scoring import Score, evaluate_task
+from embedlib.evaluation.scoring import SCORING_VERSION, Score, evaluate_task
 from embedlib.evaluation.tasks import TaskConfig, load_task, task_mark
 from embedlib.metrics import Vectors
 from embedlib.model_directory import read_prompts
@@ -99,7 +99,7 @@ class EvaluateConfig(Config):
     card: bool = False
     """Write a README.md with these scores into the directory of every model but the baseline."""
     push: str | None = None
-    """Upload the last model to this repository of the hub."""
+    """Upload the last model to this repository of the hub, once all requirements are met."""
     seed: int = 0
     """Decides which texts and documents are drawn."""
 
@@ -107,6 +107,11 @@ class EvaluateConfig(Config):
     def _baseline_is_a_model(self) -> Self:
         if self.baseline is not None and self.baseline not in self.models:
             raise ValueError(f"baseline: {self.baseline!r}; expected of {sorted(self.models)}")
+        last = list(self.models)[-1]
+        if self.push and (last == (self.baseline or next(iter(self.models))) or "@" in self.models[last]):
+            raise ValueError(
+                f"push: the last model, {last!r}, is the baseline or has its vectors cut; expected another"
+            )
         return self
 
     @property
@@ -164,7 +169,7 @@ class Scorer:
     def embed(self, model: Model, texts: Sequence[str]) -> Vectors:
         """Vectors of texts without labels, both sides of a symmetric task."""
         encoder = self._encoder(model)
-        return encoder.embed(texts, prompt_for("STS", None, encoder.prompts))
+        return encoder.embed(texts, prompt_for(None, encoder.prompts))
 
     def _encoder(self, model: Model) -> CachedEncoder:
         if model.fingerprint not in self.encoders:
@@ -193,7 +198,7 @@ def scores_directory(model: Model, unit: Unit) -> Path:
 def find_models(config: EvaluateConfig) -> list[Model]:
     """The models with their fingerprints; the arithmetic is part of these."""
     computed = str(torch_dtype(config.dtype, default_device()))
-    models = []
+    models: list[Model] = []
     for name, given in config.models.items():
         source, _, cut = given.partition("@")
         if cut and not cut.isdigit():
@@ -202,6 +207,8 @@ def find_models(config: EvaluateConfig) -> list[Model]:
         whole = fingerprint(model=model_fingerprint(directory), dtype=computed)
         home = cache_directory() / "evaluation" / whole[:24]
         mark = fingerprint(model=whole, dimensions=int(cut)) if cut else whole
+        if same := [model.name for model in models if model.fingerprint == mark]:
+            raise ConfigError(f"models.{name}: {given!r} is the same model as {same[0]!r}; expected different ones")
         models.append(Model(name, directory, mark, home, int(cut) if cut else None))
     return models
 
@@ -210,8 +217,9 @@ def plan_units(config: EvaluateConfig) -> tuple[list[Unit], list[Failure]]:
     """The tasks to run, and those that cannot be read; ConfigError where there is none at all."""
     tasks = {name: (task, Path(config.root).absolute()) for name, task in config.tasks.items()}
     if config.docs:
-        home = config.directory / "docs"
-        made = make_document_tasks(read_documents(Path(config.docs)), home, config.seed)
+        documents = read_documents(Path(config.docs))
+        home = config.directory / "docs" / fingerprint(documents=documents, seed=config.seed)[:12]
+        made = make_document_tasks(documents, home, config.seed)
         tasks |= {name: (task, home) for name, task in made.items()}
     if unknown := sorted(set(config.only or []) - {*tasks, *(task.type for task, _ in tasks.values())}):
         raise ConfigError(f"only: {unknown[0]!r} is neither a task nor a type of one; expected of {sorted(tasks)}")
@@ -220,7 +228,7 @@ def plan_units(config: EvaluateConfig) -> tuple[list[Unit], list[Failure]]:
         if config.only and not {name, task.type} & set(config.only):
             continue
         try:
-            mark = fingerprint(task=task_mark(task, root), name=name, mteb=version("mteb"))
+            mark = fingerprint(task=task_mark(task, root), name=name, mteb=version("mteb"), scoring=SCORING_VERSION)
             units.append(Unit(name, mark, task.model_dump(), str(root), None))
         except DataError as error:
             failures += [Failure(model=model, task=name, reason=str(error)) for model in config.models]
@@ -253,6 +261,7 @@ def hub_unit(task: Any, benchmark: str | None) -> Unit:
         revision=task.metadata.dataset.get("revision"),
         subsets=sorted(task.hf_subsets),
         mteb=version("mteb"),
+        scoring=SCORING_VERSION,
     )
     return Unit(task.metadata.name, mark, None, "", benchmark)
 
@@ -374,8 +383,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     units, failures = plan_units(config)
     mark = mark_of_evaluation(config, models, units, failures)
     finished = read_evaluation(config.directory)
-    if finished and finished.fingerprint == mark:
-        return finished
+    if finished and finished.fingerprint == mark and len(finished.failures) == len(failures):
+        return finished  # a task that failed while it ran is tried again
     actors = scorers(config, len(models) * len(units))
     scores: list[Score] = []
     for result in score_all(actors, models, units):
@@ -405,7 +414,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         drift=drift,
         fertility={model.name: fertility(model, sample) for model in models},
         footprints=footprints,
-        gates=check_gates(config.require, card, others),
+        gates=check_gates(config.require, card, others or [baseline]),
         verdicts={name: verdict(card, name, *ratios(footprints, name, baseline)) for name in others},
         dtype=config.dtype,
     )
@@ -416,8 +425,6 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         given = config.models[model.name].partition("@")[0]
         if config.card and model.name != baseline and Path(given).is_dir():
             write_model_card(model.directory, evaluation, model.name)
-    if config.push:
-        push_model(models[-1].directory, config.push)
     return evaluation
 
 
@@ -431,7 +438,7 @@ def mark_of_evaluation(
     return fingerprint(
         config=values,
         files=[hash_file(Path(file)) for file in (config.texts, config.reference) if file],
-        models={model.name: model.fingerprint for model in models},
+        models=[[model.name, model.fingerprint] for model in models],  # the first is the baseline
         tasks={unit.name: unit.mark for unit in units},
         failures=[failure.model_dump() for failure in failures],
     )
@@ -469,6 +476,8 @@ def main(config: EvaluateConfig) -> Evaluation:
     print(f"report: {config.directory / 'report.html'}")
     if missed := [gate.sentence for gate in evaluation.gates if not gate.passed]:
         raise GateError("; ".join(missed))
+    if config.push:
+        push_model(pretrained_directory(list(config.models.values())[-1]), config.push)
     return evaluation
 
 

@@ -48,7 +48,7 @@ class Footprint(Config):
 def measure_footprint(directory: Path, texts: Sequence[str], price_per_hour: float | None) -> Footprint:
     """Load the model of `directory` and measure it on `texts`, in the arithmetic that it would be served in."""
     encoder = Encoder.load(directory)
-    prompt = prompt_for("STS", None, read_prompts(directory))
+    prompt = prompt_for(None, read_prompts(directory))
     encoder.encode(texts[:SINGLE_TEXTS], prompt)
     rate = len(texts) / median(_seconds(encoder, texts, prompt) for _ in range(RUNS))
     config = encoder.body.config

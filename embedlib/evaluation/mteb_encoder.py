@@ -110,7 +110,7 @@ class CachedEncoder(AbsEncoder):
         **_: Any,
     ) -> Vectors:
         """Vectors (texts, dim) of a data loader's texts; DataError where the model gives one that is not finite."""
-        return self.embed(inputs.dataset["text"], prompt_for(task_metadata.type, prompt_type, self.prompts))
+        return self.embed(inputs.dataset["text"], prompt_for(prompt_type, self.prompts))
 
     def embed(self, texts: Sequence[str], prompt_name: str | None) -> Vectors:
         """Vectors (len(texts), dim) under a prompt of the model."""
@@ -134,14 +134,14 @@ class CachedEncoder(AbsEncoder):
         return truncate(vectors, self.dimensions) if self.dimensions else vectors
 
 
-def prompt_for(task_type: str, prompt_type: PromptType | None, prompts: dict[str, str]) -> str | None:
+def prompt_for(prompt_type: PromptType | None, prompts: dict[str, str]) -> str | None:
     """The name of the prompt for one side of a task.
 
     Queries and documents get their own. Both sides of a symmetric task get `query`, as e5 asks for, and so do texts
     that are classified or clustered.
     """
     wanted = ["query"]
-    if task_type in ("Retrieval", "Reranking") and prompt_type == PromptType.document:
+    if prompt_type == PromptType.document:
         wanted = ["document", "passage"]
     return next((name for name in wanted if name in prompts), None)
 

@@ -218,7 +218,10 @@ def check_gates(requirements: Sequence[str], card: Scorecard, models: Iterable[s
 
 
 def check_gate(text: str, card: Scorecard, models: Iterable[str]) -> list[GateResult]:
-    """What one requirement comes to for each of `models`, but the one it names as its measure."""
+    """What one requirement comes to for each of `models`, but the one it names as its measure.
+
+    ConfigError where that leaves none: a gate that asks nobody would be passed by anything.
+    """
     name, operator, number, measure = parse_gate(text)
     row = card.row(name)
     if row is None:
@@ -226,14 +229,15 @@ def check_gate(text: str, card: Scorecard, models: Iterable[str]) -> list[GateRe
         raise ConfigError(f"require: {text!r}: no row {name!r}; expected of {known}, or lang: and a language")
     if measure and measure not in card.models:
         raise ConfigError(f"require: {text!r}: no model {measure!r}; expected of {card.models}")
+    asked = [model for model in models if model != measure]
+    if not asked:
+        raise ConfigError(f"require: {text!r}: no model to ask it of; expected one besides the baseline")
     wanted = number
     if measure:
         cell = row.cells.get(measure)
         wanted = number * cell.value if cell else float("inf")
     results = []
-    for model in models:
-        if model == measure:
-            continue
+    for model in asked:
         found = row.cells[model].value if model in row.cells else None
         passed = found is not None and (found > wanted if operator == ">" else found >= wanted)
         results.append(GateResult(require=text, model=model, found=found, wanted=wanted, passed=passed))
@@ -246,7 +250,10 @@ def parse_gate(text: str) -> tuple[str, str, float, str | None]:
     if parts is None:
         raise ConfigError(f"require: {text!r}; expected ROW>=NUMBER or ROW>=NUMBER*MODEL, as in 'sts>=0.95*teacher'")
     name, operator, number, measure = parts.groups()
-    return name, operator, float(number), measure
+    try:
+        return name, operator, float(number), measure
+    except ValueError as error:
+        raise ConfigError(f"require: {text!r}: {number!r} is no number") from error
 
 
 def verdict(card: Scorecard, model: str, speed_ratio: float | None, size_ratio: float | None) -> str:

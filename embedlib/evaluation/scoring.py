@@ -19,6 +19,10 @@ from embedlib.evaluation.mteb_encoder import CachedEncoder
 from embedlib.model_directory import write_json
 
 SCORES_NAME = "scores.json"
+# Raised when the same task and model would be told otherwise.
+SCORING_VERSION = 2
+# mteb rounds some of its scores to five digits.
+SAME_SCORE = 1e-3
 
 
 class Score(Config):
@@ -48,7 +52,10 @@ class Score(Config):
         """The score of a row of mteb's results."""
         subset = values["hf_subset"]
         items = items or clustering_items(values)
-        name = f"{task.metadata.name}/{split}/{subset}"
+        if items and abs(items.score(np.arange(len(items.values))) - values["main_score"]) > SAME_SCORE:
+            items = None  # the task's main score is another one than these items make
+        # Not by subset: where these are translations of the same items, they rise and fall together.
+        name = f"{task.metadata.name}/{split}"
         resampled = (100 * replicates(items, name)).round(4).tolist() if items else []
         codes = values.get("languages") or ["und-Zyyy"]
         return cls(
@@ -118,6 +125,8 @@ class ItemsOnDisk:
             return Items(str(kept["statistic"]), kept["values"], gold)  # type: ignore[arg-type] # as it was written
 
     def _keep(self, predictions: Any, model: Any, prediction_folder: Path, hf_split: str, hf_subset: str) -> None:
+        if hf_subset == "parallel":  # all pairs of languages at once, which have no items of their own here
+            return
         items = items_of(self.task.metadata.type, predictions, self._gold(hf_split, hf_subset))
         if items:
             values = {name: value for name, value in items._asdict().items() if value is not None}

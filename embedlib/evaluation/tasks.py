@@ -163,6 +163,8 @@ def _read_labelled(name: str, config: TaskConfig, path: Path) -> dict[str, Any]:
     splits = [config.split, "train"] if config.type == "classification" else [config.split]
     column = "text" if config.type == "classification" else "sentences"
     tables = {split: _split_rows(name, config, path, split, ["text", "label"]) for split in splits}
+    if len(splits) == 2 and (config.split == "train" or tables["train"].equals(tables[config.split])):
+        raise DataError(f"task {name}: {path} trains on what it scores; expected a column `split` or train.parquet")
     numbers = _numbers([label for table in tables.values() for label in table["label"].to_pylist()])
 
     def dataset(table: pa.Table, lang: str) -> Dataset:

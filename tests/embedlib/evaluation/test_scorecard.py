@@ -87,6 +87,14 @@ def test_gates_that_mean_nothing(require: str, message: str) -> None:
         check_gates([require], make_scorecard(SCORES, ["teacher", "student"], "teacher"), ["student"])
 
 
+def test_a_gate_that_asks_nobody_is_refused() -> None:
+    card = make_scorecard(SCORES, ["teacher", "student"], "teacher")
+    with pytest.raises(ConfigError, match=r"no model to ask it of"):
+        check_gates(["sts>=99"], card, [])
+    with pytest.raises(ConfigError, match=r"'1\.2\.3' is no number"):
+        check_gates(["sts>=1.2.3"], card, ["student"])
+
+
 def test_the_verdict_names_what_is_safe_and_what_is_not() -> None:
     text = verdict(make_scorecard(SCORES, ["teacher", "student"], "teacher"), "student", 2.5, 9.0)
     assert "keeps 79.3 % of teacher's mean score and is 2.5 times as fast and 9.0 times smaller" in text

@@ -172,10 +172,21 @@ def test_prompts_belong_to_the_key_and_suit_the_task() -> None:
     from mteb.types import PromptType
 
     e5 = {"query": "query: ", "document": "passage: "}
-    assert prompt_for("Retrieval", PromptType.document, e5) == "document"
-    assert prompt_for("Retrieval", PromptType.query, e5) == "query"
-    assert prompt_for("STS", None, e5) == "query"
-    assert prompt_for("STS", None, {}) is None
+    assert prompt_for(PromptType.document, e5) == "document"
+    assert prompt_for(PromptType.query, e5) == "query"
+    assert prompt_for(None, e5) == "query"
+    assert prompt_for(None, {}) is None
+
+
+def test_languages_that_translate_each_other_are_resampled_together(
+    sets: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    rows = pq.read_table(sets / "sts" / "test.parquet")
+    lang = pa.array(["de"] * len(rows) + ["fr"] * len(rows))
+    pq.write_table(pa.concat_tables([rows, rows]).append_column("lang", lang), tmp_path / "both.parquet")
+    task = load_task("Both", TaskConfig(type="sts", path="both.parquet"), tmp_path)
+    de, fr = evaluate_task(encoder_of(tiny_encoder, tmp_path / "vectors"), task, tmp_path / "scores")
+    assert de.replicates == fr.replicates
 
 
 def test_a_cache_is_shared_and_equal_texts_cost_once(tmp_path: Path) -> None:

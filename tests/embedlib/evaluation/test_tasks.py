@@ -98,6 +98,7 @@ def test_retrieval_within_and_across_languages(tmp_path: Path) -> None:
             {"text": ["a", "b"], "label": [1, 2], "lang": ["fr", "fr"]},
             "no rows",
         ),
+        ({"type": "classification"}, {"text": ["a", "b"], "label": [1, 2]}, "trains on what it scores"),
         ({"type": "reranking"}, {"query": ["a"], "positive": [["b"]], "negative": [[]]}, "no negative"),
     ],
 )
