@@ -93,7 +93,7 @@ def choose_pieces(
     the teacher has, ArtifactError where the tokenizer's model is neither Unigram nor WordPiece.
     """
     pieces = read_pieces(tokenizer)
-    counted = count_words(tokenizer, texts_by_language)
+    counted = _count_words(tokenizer, texts_by_language)
     specials = [index for index in pieces.specials if pieces.texts[index] not in config.dropped_specials]
     occurrences = _count_characters(counted)
     characters = _covering_characters(pieces, occurrences, config.character_coverage)
@@ -110,20 +110,20 @@ def choose_pieces(
 
     prior_words, prior_weights = _prior(pieces, characters, config.prior)
     words = counted.words + prior_words
-    lengths, ids_in_words = segment(tokenizer.model, words)
+    lengths, ids_in_words = _segment(tokenizer.model, words)
     teacher_tokens = counted.per_language(lengths)
-    weights = word_weights(counted, teacher_tokens, config.temperature)
+    weights = _word_weights(counted, teacher_tokens, config.temperature)
     weights = np.concatenate([weights * (1 - prior_weights.sum()), prior_weights])
-    counts = count_pieces(lengths, ids_in_words, weights, len(pieces.texts))
+    counts = _count_pieces(lengths, ids_in_words, weights, len(pieces.texts))
     budget = config.size - minimum
     excess = max(1.0, np.count_nonzero(counts[removable]) / max(1, budget))
     chosen = removable
     for remaining in reversed(range(config.rounds)):
-        chosen = prune(pieces, mandatory, chosen, counts, round(budget * excess ** (remaining / config.rounds)))
+        chosen = _prune(pieces, mandatory, chosen, counts, round(budget * excess ** (remaining / config.rounds)))
         kept = [*specials, *sorted({*mandatory, *chosen}.difference(specials))]
-        lengths, ids_in_words = segment(build_model(pieces, kept), words)
+        lengths, ids_in_words = _segment(build_model(pieces, kept), words)
         counts = np.zeros(len(pieces.texts))
-        counts[kept] = count_pieces(lengths, ids_in_words, weights, len(kept) + num_bytes)[: len(kept)]
+        counts[kept] = _count_pieces(lengths, ids_in_words, weights, len(kept) + num_bytes)[: len(kept)]
 
     lost = (ids_in_words >= len(kept)) | (ids_in_words == kept.index(pieces.unknown))
     lost_words = np.bincount(np.repeat(np.arange(len(words)), lengths), lost, len(words)) > 0
@@ -143,7 +143,7 @@ def choose_pieces(
     )
 
 
-def count_words(tokenizer: Tokenizer, texts_by_language: Mapping[str, Sequence[str]]) -> _Words:
+def _count_words(tokenizer: Tokenizer, texts_by_language: Mapping[str, Sequence[str]]) -> _Words:
     """Count whitespace words, then pre-tokenize each distinct one, which is many times cheaper than every text."""
     normalizer, pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
     index: dict[str, int] = {}
@@ -163,19 +163,19 @@ def count_words(tokenizer: Tokenizer, texts_by_language: Mapping[str, Sequence[s
     return _Words(list(index), counts)
 
 
-def segment(model: Model, words: list[str]) -> tuple[Ints, Ints]:
+def _segment(model: Model, words: list[str]) -> tuple[Ints, Ints]:
     """Number of pieces of every word (words,) and all ids, one word after another."""
     encodings = Tokenizer(model).encode_batch_fast(words, add_special_tokens=False)
     ids = [encoding.ids for encoding in encodings]
     return np.array([len(word) for word in ids], np.int64), np.fromiter((i for word in ids for i in word), np.int64)
 
 
-def count_pieces(lengths: Ints, ids_in_words: Ints, weights: Floats, size: int) -> Floats:
+def _count_pieces(lengths: Ints, ids_in_words: Ints, weights: Floats, size: int) -> Floats:
     """Weighted occurrences of every piece (size,)."""
     return np.bincount(ids_in_words, np.repeat(weights, lengths), size).astype(np.float64)
 
 
-def word_weights(counted: _Words, tokens: Mapping[str, float], temperature: float) -> Floats:
+def _word_weights(counted: _Words, tokens: Mapping[str, float], temperature: float) -> Floats:
     """Weight of every word (words,): with these, all pieces' counts sum to 1 and languages are smoothed."""
     weights = np.zeros(len(counted.words))
     for language, (at, count) in counted.counts.items():
@@ -225,7 +225,7 @@ def _covering_characters(pieces: Pieces, occurrences: Mapping[str, Counter[str]]
     return kept
 
 
-def prune(pieces: Pieces, mandatory: list[int], candidates: list[int], counts: Floats, budget: int) -> list[int]:
+def _prune(pieces: Pieces, mandatory: list[int], candidates: list[int], counts: Floats, budget: int) -> list[int]:
     """The `budget` candidates left when the piece whose loss costs the fewest tokens goes first, again and again.
 
     Unused candidates are no burden and stay as spellings until one is handed a count, when they compete too.
