@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -161,15 +161,16 @@ class Scorer:
                 else load_task(unit.name, TaskConfig.model_validate(unit.config), Path(unit.root))
             )
             return evaluate_task(self._encoder(model), task, scores_directory(model, unit))
-        except EmbedlibError as error:
-            return Failure(model=model.name, task=unit.name, reason=str(error))
-        except Exception as error:
-            return Failure(model=model.name, task=unit.name, reason=f"{type(error).__name__}: {error}")
+        except Exception as error:  # mteb's tasks run code of many hands
+            return failure_of(model.name, unit.name, error)
 
-    def embed(self, model: Model, texts: Sequence[str]) -> Vectors:
-        """Vectors of texts without labels, both sides of a symmetric task."""
-        encoder = self._encoder(model)
-        return encoder.embed(texts, prompt_for(None, encoder.prompts))
+    def embed(self, model: Model, texts: Sequence[str]) -> Vectors | Failure:
+        """Vectors of texts without labels, both sides of a symmetric task, or why there are none."""
+        try:
+            encoder = self._encoder(model)
+            return encoder.embed(texts, prompt_for(None, encoder.prompts))
+        except Exception as error:
+            return failure_of(model.name, "texts without labels", error)
 
     def _encoder(self, model: Model) -> CachedEncoder:
         if model.fingerprint not in self.encoders:
@@ -183,6 +184,12 @@ class Scorer:
                 model.dimensions,
             )
         return self.encoders[model.fingerprint]
+
+
+def failure_of(model: str, task: str, error: Exception) -> Failure:
+    """Why there is no score; our own errors say it in a sentence."""
+    reason = str(error) if isinstance(error, EmbedlibError) else f"{type(error).__name__}: {error}"
+    return Failure(model=model, task=task, reason=reason)
 
 
 def torch_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -330,7 +337,7 @@ def texts_of(unit: Unit) -> list[dict[str, Any]]:
     """Texts of an evaluation set, a few of each language."""
     try:
         task = load_task(unit.name, TaskConfig.model_validate(unit.config), Path(unit.root))
-    except EmbedlibError:
+    except Exception:
         return []  # its failure is told where it is scored
     rows = []
     for subset, splits in (task.dataset or {}).items():
@@ -342,33 +349,53 @@ def texts_of(unit: Unit) -> list[dict[str, Any]]:
     return rows
 
 
-def compare_texts(
-    actors: Sequence[Any], models: Sequence[Model], baseline: str, sample: Sample
-) -> tuple[dict[str, Drift], dict[str, Vectors]]:
-    """Every model against the baseline on texts without labels, where there are enough, and the vectors of all."""
-    found = ray.get(
-        [actors[number % len(actors)].embed.remote(model, sample.texts) for number, model in enumerate(models)]
-    )
-    vectors = {model.name: rows for model, rows in zip(models, found, strict=True)}
-    others = [name for name in vectors if name != baseline] if len(sample.texts) >= LEAST_TEXTS else []
-    drift = {name: measure_drift(vectors[name], vectors[baseline], sample.texts, sample.langs) for name in others}
-    return drift, vectors
+def embed_sample(actors: Sequence[Any], models: Sequence[Model], sample: Sample) -> dict[str, Vectors | Failure]:
+    """Every model's vectors of the texts without labels, or why it has none."""
+    waiting = [actors[number % len(actors)].embed.remote(model, sample.texts) for number, model in enumerate(models)]
+    return {model.name: rows for model, rows in zip(models, ray.get(waiting), strict=True)}
 
 
-def measure_models(config: EvaluateConfig, models: Sequence[Model], texts: Sequence[str]) -> dict[str, Footprint]:
-    """Size and speed of each model, one after another, each in a process of its own with all cores."""
-    gpus = 1 if num_gpus() else 0
-    remote = ray.remote(num_cpus=1, num_gpus=gpus, max_calls=1)(footprint_on_worker)
+def compare_texts(vectors: Mapping[str, Vectors], baseline: str, sample: Sample) -> dict[str, Drift]:
+    """Every model against the baseline; none where there are too few texts, or the baseline has no vectors."""
+    if len(sample.texts) < LEAST_TEXTS or baseline not in vectors:
+        return {}
     return {
-        model.name: ray.get(remote.remote(str(model.directory), list(texts), config.price_per_hour)) for model in models
+        name: measure_drift(rows, vectors[baseline], sample.texts, sample.langs)
+        for name, rows in vectors.items()
+        if name != baseline
     }
 
 
-def footprint_on_worker(directory: str, texts: list[str], price_per_hour: float | None) -> Footprint:
-    """Ray task: what a model is and costs on this hardware."""
+def measure_models(
+    config: EvaluateConfig, models: Sequence[Model], sample: Sample
+) -> dict[str, tuple[Footprint | None, Fertility] | Failure]:
+    """Size, speed and tokens a word of each model, one after another, each in a process of its own with all cores."""
+    gpus = 1 if num_gpus() else 0
+    remote = ray.remote(num_cpus=1, num_gpus=gpus, max_calls=1)(measure_on_worker)
+    return {model.name: ray.get(remote.remote(model, sample, config.speed, config.price_per_hour)) for model in models}
+
+
+def measure_on_worker(
+    model: Model, sample: Sample, speed: bool, price_per_hour: float | None
+) -> tuple[Footprint | None, Fertility] | Failure:
+    """Ray task: what a model is and costs on this hardware, and how finely it cuts; or why that cannot be told."""
     quiet()
     torch.set_num_threads(os.cpu_count() or 1)
-    return measure_footprint(Path(directory), texts, price_per_hour)
+    try:
+        texts = sample.texts[:SPEED_TEXTS]
+        footprint = measure_footprint(model.directory, texts, price_per_hour) if speed else None
+        return footprint, measure_fertility(Encoder.load(model.directory), sample.texts, sample.langs)
+    except Exception as error:
+        return failure_of(model.name, "size and speed", error)
+
+
+T = TypeVar("T")
+
+
+def without_failures(found: Mapping[str, T | Failure], failures: list[Failure]) -> dict[str, T]:
+    """What was found, by model; failures go where the others are."""
+    failures += [result for result in found.values() if isinstance(result, Failure)]
+    return {name: result for name, result in found.items() if not isinstance(result, Failure)}
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
@@ -399,10 +426,12 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     scores.sort(key=lambda score: (list(config.models).index(score.model), place[score.task], score.subset))
     baseline = config.baseline or next(iter(config.models))
     sample = read_sample(config, units)
-    drift, vectors = compare_texts(actors, models, baseline, sample)
+    enough = len(sample.texts) > 0
+    vectors = without_failures(embed_sample(actors, models, sample), failures) if enough else {}
     for actor in actors:
         ray.kill(actor)
-    footprints = measure_models(config, models, sample.texts[:SPEED_TEXTS]) if config.speed else {}
+    measured = without_failures(measure_models(config, models, sample), failures) if enough else {}
+    footprints = {name: footprint for name, (footprint, _) in measured.items() if footprint}
     card = make_scorecard(scores, list(config.models), baseline)
     others = [model.name for model in models if model.name != baseline]
     evaluation = Evaluation(
@@ -411,8 +440,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         scores=scores,
         failures=failures,
         official=official_rows(scores, published),
-        drift=drift,
-        fertility={model.name: fertility(model, sample) for model in models},
+        drift=compare_texts(vectors, baseline, sample),
+        fertility={name: found for name, (_, found) in measured.items()},
         footprints=footprints,
         gates=check_gates(config.require, card, others or [baseline]),
         verdicts={name: verdict(card, name, *ratios(footprints, name, baseline)) for name in others},
@@ -442,12 +471,6 @@ def mark_of_evaluation(
         tasks={unit.name: unit.mark for unit in units},
         failures=[failure.model_dump() for failure in failures],
     )
-
-
-def fertility(model: Model, sample: Sample) -> Fertility:
-    """Tokens a word of the sample."""
-    encoder = Encoder.load(model.directory, torch.device("cpu"))
-    return measure_fertility(encoder, sample.texts, sample.langs)
 
 
 def ratios(footprints: Mapping[str, Footprint], name: str, baseline: str) -> tuple[float | None, float | None]:

@@ -117,8 +117,9 @@ def natural(label: str) -> tuple[int, str]:
 
 def measure_fertility(encoder: Encoder, texts: Sequence[str], langs: Sequence[str]) -> Fertility:
     """Tokens a word, special tokens not counted."""
-    special = len(encoder.tokenise([""])[0])
-    tokens = encoder.tokenise(texts)
+    # Uncut: words are counted over whole texts, too.
+    tokens = [np.array(each.ids) for each in encoder.whole_texts.encode_batch_fast(list(texts))]
+    special = len(encoder.whole_texts.encode("").ids)
     unknown = encoder.model.tokenizer.unk_token_id
     counts: dict[str, tuple[int, int]] = {}
     for ids, text, lang in zip(tokens, texts, langs, strict=True):

@@ -121,7 +121,14 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     ):
         if evaluation.footprints:
             table.add_row(
-                name, "", *(format(getattr(evaluation.footprints[model], value), unit) for model in card.models)
+                name,
+                "",
+                *(
+                    format(getattr(evaluation.footprints[model], value), unit)
+                    if model in evaluation.footprints
+                    else ABSENT
+                    for model in card.models
+                ),
             )
     console.print(table)
     for failure in evaluation.failures:

@@ -122,6 +122,28 @@ def test_a_task_that_cannot_be_read_leaves_the_others(evaluated: Evaluation) -> 
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_model_without_finite_vectors_is_told_of_and_the_others_finish(
+    sets: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    broken = shutil.copytree(tiny_encoder, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    save_file(
+        {name: np.full_like(value, np.nan) for name, value in weights.items()},
+        broken / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    config = config_of(sets, {"teacher": tiny_encoder, "broken": broken}, output="broken", plots=False, speed=False)
+    found = main(config)
+    assert {(each.model, each.task) for each in found.failures} == {
+        ("broken", task) for task in ("Sts", "Bitext", "texts without labels")
+    }
+    assert "not finite" in found.failures[0].reason
+    assert found.scorecard.groups[0].cells.keys() == {"teacher"}
+    assert "no verdict" in found.verdicts["broken"]
+
+
+@pytest.mark.ray
 def test_mtebs_own_tools_read_the_results(evaluated: Evaluation, home: Path) -> None:
     results = ResultCache(home / "artifacts" / "evaluation").load_results(validate_and_filter=False)
     found = {
