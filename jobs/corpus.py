@@ -9,7 +9,6 @@ a numbered file that appears whole: after any crash a rerun makes those that are
 from jobs.cli import run_job  # isort: skip (takes jobs/ off sys.path before any library is imported)
 
 import hashlib
-import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +25,6 @@ import pyarrow.parquet as pq
 import ray
 from pydantic import Field, model_validator
 
-from embedlib import errors
 from embedlib.artifact import MANIFEST_NAME, Manifest, fingerprint, hash_file, parse_manifest
 from embedlib.balancing import BalanceConfig, quotas, targets
 from embedlib.corpus_statistics import Statistics, measurements_of, token_counts
@@ -52,8 +50,8 @@ from embedlib.registry_corpus import Package, unpacked
 from embedlib.schemas import CORPUS_SHARD, PAIRS, QUARANTINE, QUERY_PASSAGE
 from embedlib.storage import Store, user_path
 from embedlib.wheels import cache_directory
-from jobs.parts import claim, missing_parts, part_name, write_parquet
-from jobs.runtime import Progress, connect, cpu_processes
+from jobs.parts import claim, content_mark, missing_parts, part_name, write_parquet
+from jobs.runtime import Progress, as_row, connect, cpu_processes, error_of
 
 SPLITS = ("train", "validation", "held_out")
 SCHEMAS = {"corpus": CORPUS_SHARD, "pairs": PAIRS, "query_passage": QUERY_PASSAGE}
@@ -235,13 +233,6 @@ def input_marks(config: BuildConfig, files: Sequence[Store]) -> dict[str, str]:
     return marks
 
 
-def content_mark(file: Store) -> list[Any]:
-    """What tells one content of a file from another: its hash, in an object store its size and time."""
-    if not file.exists():
-        raise DataError(f"{file}: no such file")
-    return [hash_file(Path(file.path))] if file.is_local else [file.path, file.info.size, file.info.mtime_ns]
-
-
 def manifest_at(directory: str) -> Manifest:
     """The manifest of a finished corpus; ArtifactError where there is none."""
     path = Store.at(directory) / MANIFEST_NAME
@@ -353,8 +344,7 @@ def run_numbered(
     progress.update(finished)
     for row in done:
         if row["error"]:
-            problem = json.loads(row["error"])
-            raise getattr(errors, problem["kind"])(problem["message"])
+            raise error_of(row["error"])
         finished += 1
         progress.update(finished)
 
@@ -369,7 +359,7 @@ def run_batch(
             function(build, number)
             done.append("")
         except EmbedlibError as problem:
-            done.append(json.dumps({"kind": type(problem).__name__, "message": str(problem)}))
+            done.append(as_row(problem))
             break
     return {"number": batch["number"][: len(done)], "error": np.array(done)}
 

@@ -25,8 +25,7 @@ import ray
 import torch
 from pydantic import Field
 
-from embedlib import errors
-from embedlib.artifact import MANIFEST_NAME, Manifest, fingerprint, hash_file, model_fingerprint
+from embedlib.artifact import MANIFEST_NAME, Manifest, fingerprint, model_fingerprint
 from embedlib.backends import load_encoder
 from embedlib.embedding import EmbeddingConfig, Prepared, TextEmbedder, prepare
 from embedlib.encoder import default_device
@@ -49,8 +48,8 @@ from embedlib.sources import (
 from embedlib.storage import Store, user_directory, user_path
 from embedlib.wheels import cache_directory
 from jobs.metrics import RunReport
-from jobs.parts import claim, missing_parts, part_name, write_parquet
-from jobs.runtime import Progress, connect, cpu_processes, num_gpus, own_errors, quiet
+from jobs.parts import claim, content_mark, missing_parts, part_name, write_parquet
+from jobs.runtime import Progress, as_row, connect, cpu_processes, error_of, num_gpus, own_errors, quiet
 
 INDEX_NAME = "index.faiss"
 CALIBRATION_TEXTS = 4096
@@ -167,8 +166,7 @@ class EmbedPart:
                 done.append({"work": work, "error": "", "start": start, "end": time.time()} | counts)
             except EmbedlibError as error:
                 # Raised here, it would be retried without end or come back as Ray's error round a traceback.
-                problem = json.dumps({"kind": type(error).__name__, "message": str(error)})
-                done.append({"work": work, "error": problem, "start": 0.0, "end": 0.0, "rows": 0, "tokens": 0})
+                done.append({"work": work, "error": as_row(error), "start": 0.0, "end": 0.0, "rows": 0, "tokens": 0})
         return {key: np.array([row[key] for row in done]) for key in done[0]}
 
     def embed(self, work: int, number: int, part: Part) -> PartStatistics:
@@ -303,13 +301,6 @@ def finish(plan: EmbedPlan, prepared: Prepared, texts_per_s: float) -> EmbedResu
     return EmbedResult(output, manifest, texts_per_s)
 
 
-def content_mark(file: Store) -> list[Any]:
-    """What tells one content of an input file from another: its hash, in an object store its size and time."""
-    if not file.is_local:
-        return [file.path, file.info.size, file.info.mtime_ns]
-    return [hash_file(Path(file.path))]
-
-
 def converted(files: Sequence[Store], config: EmbedConfig, output: Store) -> list[Store]:
     """The input as Parquet files: as it is, or, for kinds that know no rows, converted once below `output`."""
     if all(is_parquet(file) for file in files):
@@ -420,8 +411,7 @@ def embed_parts(model: Path, plans: Sequence[EmbedPlan], prepared: Sequence[Prep
     first, last = np.full(len(plans), np.inf), np.zeros(len(plans))
     for row in done:
         if row["error"]:
-            problem = json.loads(row["error"])
-            raise getattr(errors, problem["kind"])(problem["message"])
+            raise error_of(row["error"])
         work = row["work"]
         rows[work], tokens = rows[work] + row["rows"], tokens + int(row["tokens"])
         first[work], last[work] = min(first[work], row["start"]), max(last[work], row["end"])

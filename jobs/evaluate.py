@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, TypeVar
 
+import mteb
 import numpy as np
 import pyarrow.parquet as pq
 import ray
@@ -247,8 +248,6 @@ def plan_units(config: EvaluateConfig) -> tuple[list[Unit], list[Failure]]:
 
 def hub_units(name: str) -> list[Unit]:
     """The tasks of a benchmark that mteb knows, or the one task of that name; ConfigError where there is neither."""
-    import mteb
-
     benchmarks = {benchmark.name for benchmark in mteb.get_benchmarks()}
     if name in benchmarks:
         tasks = list(mteb.get_benchmark(name).tasks)
@@ -275,8 +274,6 @@ def hub_unit(task: Any, benchmark: str | None) -> Unit:
 
 def hub_task(unit: Unit) -> Any:
     """The task that mteb knows by this name, in the languages of its benchmark."""
-    import mteb
-
     tasks = mteb.get_benchmark(unit.benchmark).tasks if unit.benchmark else [mteb.get_task(unit.name)]
     return next(task for task in tasks if task.metadata.name == unit.name)
 
@@ -382,9 +379,9 @@ def measure_on_worker(
     quiet()
     torch.set_num_threads(os.cpu_count() or 1)
     try:
-        texts = sample.texts[:SPEED_TEXTS]
-        footprint = measure_footprint(model.directory, texts, price_per_hour) if speed else None
-        return footprint, measure_fertility(Encoder.load(model.directory), sample.texts, sample.langs)
+        encoder, texts = Encoder.load(model.directory), sample.texts[:SPEED_TEXTS]
+        footprint = measure_footprint(encoder, model.directory, texts, price_per_hour) if speed else None
+        return footprint, measure_fertility(encoder, sample.texts, sample.langs)
     except Exception as error:
         return failure_of(model.name, "size and speed", error)
 
@@ -426,11 +423,10 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     scores.sort(key=lambda score: (list(config.models).index(score.model), place[score.task], score.subset))
     baseline = config.baseline or next(iter(config.models))
     sample = read_sample(config, units)
-    enough = len(sample.texts) > 0
-    vectors = without_failures(embed_sample(actors, models, sample), failures) if enough else {}
+    vectors = without_failures(embed_sample(actors, models, sample), failures) if sample.texts else {}
     for actor in actors:
         ray.kill(actor)
-    measured = without_failures(measure_models(config, models, sample), failures) if enough else {}
+    measured = without_failures(measure_models(config, models, sample), failures) if sample.texts else {}
     footprints = {name: footprint for name, (footprint, _) in measured.items() if footprint}
     card = make_scorecard(scores, list(config.models), baseline)
     others = [model.name for model in models if model.name != baseline]

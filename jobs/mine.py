@@ -36,10 +36,10 @@ from embedlib.schemas import vectors_of
 from embedlib.shard import INDEX_NAME, build_shard
 from embedlib.sources import ColumnsConfig, input_files, rejected_table
 from embedlib.storage import Store, user_directory, user_path
-from jobs.embed import EmbedConfig, EmbedResult, content_mark, embed_all
+from jobs.embed import EmbedConfig, EmbedResult, embed_all
 from jobs.metrics import RunReport
 from jobs.miner import STATISTICS, MinePlan, Miner, read_queries
-from jobs.parts import claim, missing_parts, part_name, write_parquet
+from jobs.parts import claim, content_mark, missing_parts, part_name, write_parquet
 from jobs.runtime import connect, own_errors
 from jobs.shards import (
     VECTORS,

@@ -1,14 +1,18 @@
 """A directory of numbered parts that belongs to one piece of work: what is finished stays, what is missing is made."""
 
 import io
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embedlib.artifact import MANIFEST_NAME, Manifest, parse_manifest
-from embedlib.errors import ArtifactError
+from embedlib.artifact import MANIFEST_NAME, Manifest, hash_file, parse_manifest
+from embedlib.errors import ArtifactError, DataError
 from embedlib.storage import Store
 
+CLAIM = ".fingerprint"
+"""In a directory that is taken: the fingerprint of the work that took it."""
 # Byte streams of like significance compress; integers and signs are noise to any encoding.
 SPLIT_BYTES = (pa.float16(), pa.float32())
 
@@ -37,12 +41,19 @@ def write_parquet(path: Store, table: pa.Table) -> None:
     path.write(buffer.getvalue())
 
 
+def content_mark(file: Store) -> list[Any]:
+    """What tells one content of an input file from another: its hash, in an object store its size and time."""
+    if not file.exists():
+        raise DataError(f"{file}: no such file")
+    return [hash_file(Path(file.path))] if file.is_local else [file.path, file.info.size, file.info.mtime_ns]
+
+
 def claim(directory: Store, mark: str, what: str) -> Manifest | None:
     """Take `directory` for the work with fingerprint `mark`; ArtifactError where other work has taken it.
 
     Gives the manifest where the work, which makes `what`, is finished.
     """
-    note, path = directory / ".fingerprint", directory / MANIFEST_NAME
+    note, path = directory / CLAIM, directory / MANIFEST_NAME
     manifest = parse_manifest(path.read(), str(path)) if path.exists() else None
     holder = manifest.fingerprint if manifest else note.read().decode() if note.exists() else mark
     if holder != mark:

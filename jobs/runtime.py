@@ -1,5 +1,6 @@
 """What every job needs of Ray and of the terminal: a cluster to run on, quiet logs, progress with the time left."""
 
+import json
 import logging
 import os
 import secrets
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import ray
 
+from embedlib import errors
 from embedlib.errors import EmbedlibError
 
 # A resumed Ray Data plan hangs where Ray counts two CPUs or fewer (Ray 2.60), so a local cluster counts at least four.
@@ -92,6 +94,18 @@ def own_errors() -> Iterator[None]:
         # Its own type and words: Ray's subclass of it prints the worker's whole traceback.
         kind = next(base for base in type(cause).__mro__ if base.__module__ == EmbedlibError.__module__)
         raise kind(str(cause.args[0] if cause.args else cause)) from error
+
+
+def as_row(error: EmbedlibError) -> str:
+    """An error as a value of a row: raised in a worker of Ray Data, it would come back as Ray's own, or be retried."""
+    return json.dumps({"kind": type(error).__name__, "message": str(error)})
+
+
+def error_of(row: str) -> EmbedlibError:
+    """The error that `as_row` made a value of."""
+    problem = json.loads(row)
+    error: EmbedlibError = getattr(errors, problem["kind"])(problem["message"])
+    return error
 
 
 class Progress:

@@ -21,9 +21,10 @@ from embedlib.artifact import MANIFEST_NAME
 from embedlib.config import Config
 from embedlib.errors import DataError
 from jobs.metrics import MAX_RUN_ID, NOTE
+from jobs.parts import CLAIM
 from jobs.runtime import artifacts_directory, format_seconds
 
-CLAIM, STATE = ".fingerprint", "recipe.json"
+STATE = "recipe.json"
 # Below these lie parts and checkpoints, many files and no stages.
 SKIPPED = {"ray", "log", "converted", "quarantine", "judged"}
 

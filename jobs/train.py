@@ -45,7 +45,8 @@ from embedlib.pretrained import pretrained_directory
 from embedlib.sampling import temperature_shares
 from embedlib.sources import rejected_table
 from embedlib.training_texts import TrainingData, TrainingTexts, files_of, read_training_texts
-from jobs.embed import EmbedConfig, content_mark, embed_all, read_parts
+from jobs.embed import EmbedConfig, embed_all, read_parts
+from jobs.parts import content_mark
 from jobs.runtime import artifacts_directory, connect
 from jobs.trainer import Trained, WorkersConfig, fit, read_history, run_worker, start_worker
 

@@ -129,8 +129,8 @@ def measure_size(paths: Paths, teacher_params: int, student_params: int) -> Size
     return Size(
         teacher_params=teacher_params,
         student_params=student_params,
-        teacher_mb=_weight_bytes(paths.teacher) / 1e6,
-        student_mb=_weight_bytes(paths.student) / 1e6,
+        teacher_mb=weight_megabytes(paths.teacher),
+        student_mb=weight_megabytes(paths.student),
     )
 
 
@@ -143,8 +143,9 @@ def _num_tokens(encoder: Encoder, texts: Sequence[str]) -> int:
     return sum(len(ids) for ids in encoder.tokenise(texts, symmetric_prompt(encoder)))
 
 
-def _weight_bytes(directory: Path) -> int:
-    return sum(path.stat().st_size for path in directory.rglob("*.safetensors"))
+def weight_megabytes(directory: Path) -> float:
+    """Size of a model's weights on disk, in 10⁶ bytes."""
+    return sum(path.stat().st_size for path in directory.rglob("*.safetensors")) / 1e6
 
 
 class Comparison(NamedTuple):

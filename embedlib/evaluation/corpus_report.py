@@ -4,17 +4,16 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from embedlib.evaluation.report import render_page
 
 KEPT = "kept"
 
 
 def write_page(measurements: Mapping[str, Any], product: str) -> str:
     """The page for the measurements in a corpus' manifest."""
-    environment = Environment(
-        loader=PackageLoader("embedlib", "evaluation"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    return environment.get_template("corpus_report.html.jinja").render(
+    return render_page(
+        "corpus_report.html.jinja",
+        {},
         corpus=measurements,
         product=product.replace("_", " "),
         languages=language_rows(measurements),

@@ -9,8 +9,7 @@ from statistics import median
 from embedlib.artifact import model_fingerprint
 from embedlib.config import Config
 from embedlib.encoder import Encoder
-from embedlib.evaluation.mteb_encoder import prompt_for
-from embedlib.model_directory import read_prompts
+from embedlib.evaluation.comparison import describe_model, symmetric_prompt, weight_megabytes
 
 RUNS = 3
 SINGLE_TEXTS = 30
@@ -45,21 +44,18 @@ class Footprint(Config):
     """Cost of a million such texts, in the currency of the price that was given."""
 
 
-def measure_footprint(directory: Path, texts: Sequence[str], price_per_hour: float | None) -> Footprint:
-    """Load the model of `directory` and measure it on `texts`, in the arithmetic that it would be served in."""
-    encoder = Encoder.load(directory)
-    prompt = prompt_for(None, read_prompts(directory))
+def measure_footprint(
+    encoder: Encoder, directory: Path, texts: Sequence[str], price_per_hour: float | None
+) -> Footprint:
+    """Measure the model of `directory` on `texts`, in the arithmetic of `encoder`."""
+    prompt = symmetric_prompt(encoder)
     encoder.encode(texts[:SINGLE_TEXTS], prompt)
     rate = len(texts) / median(_seconds(encoder, texts, prompt) for _ in range(RUNS))
-    config = encoder.body.config
     return Footprint(
+        **describe_model(encoder, directory.name).model_dump(exclude={"name"}),
         fingerprint=model_fingerprint(directory),
-        params=encoder.num_parameters,
-        layers=config.num_hidden_layers,
-        vocabulary=config.vocab_size,
-        embedding_dim=encoder.embedding_dim,
         max_tokens=encoder.max_seq_length,
-        megabytes=sum(path.stat().st_size for path in directory.rglob("*.safetensors")) / 1e6,
+        megabytes=weight_megabytes(directory),
         texts_per_s=rate,
         latency_ms=1000 * median(_seconds(encoder, [text], prompt) for text in texts[:SINGLE_TEXTS]),
         memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,

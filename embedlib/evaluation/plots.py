@@ -4,7 +4,7 @@ import html
 import io
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -113,14 +113,24 @@ def bitext_bars(bitext: Bitext) -> str:
         for offset, (label, accuracy, colour) in zip((-0.27, 0, 0.27), series, strict=True):
             values = [100 * accuracy[lang] for lang in languages]
             axes.barh(position + offset, values, height=0.25, color=colour, label=label)
-        axes.set_yticks(position, languages)
-        axes.set_ylim(len(languages) - 0.4, -0.6)
-        axes.tick_params(axis="y", length=0)
-        axes.spines["left"].set_visible(False)
-        axes.grid(axis="x")
-        axes.set_axisbelow(True)
-        figure.legend(loc="outside upper left", ncols=3, handlelength=1)
+        _name_bars(axes, languages)
         return _svg(figure, "Bitext accuracy by language")
+
+
+def _colours(models: Iterable[str]) -> dict[str, str]:
+    """Each model's colour, the same in every plot of a report."""
+    return dict(zip(models, cycle((TEACHER, AFTER, BEFORE, *PALETTE)), strict=False))
+
+
+def _name_bars(axes: Axes, names: Sequence[str]) -> None:
+    """A name at each group of horizontal bars, the first on top, and the legend above them."""
+    axes.set_yticks(np.arange(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="x")
+    axes.set_axisbelow(True)
+    axes.figure.legend(loc="outside upper left", ncols=3, handlelength=1)
 
 
 def interval_bars(card: Scorecard) -> str:
@@ -130,9 +140,7 @@ def interval_bars(card: Scorecard) -> str:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5, 1.1 + 0.3 * len(card.groups) * max(1, len(card.models) / 2)))
         axes = figure.add_subplot(xlabel="score x 100")
-        for number, (model, colour) in enumerate(
-            zip(card.models, cycle((TEACHER, AFTER, BEFORE, *PALETTE)), strict=False)
-        ):
+        for number, (model, colour) in enumerate(_colours(card.models).items()):
             cells = [row.cells.get(model) for row in card.groups]
             values = [cell.value if cell else np.nan for cell in cells]
             spans = [
@@ -151,13 +159,7 @@ def interval_bars(card: Scorecard) -> str:
                 xerr=np.clip(np.array(spans).T, 0, None),
                 error_kw={"ecolor": INK, "elinewidth": 0.8},
             )
-        axes.set_yticks(position, [row.name for row in card.groups])
-        axes.set_ylim(len(card.groups) - 0.4, -0.6)
-        axes.tick_params(axis="y", length=0)
-        axes.spines["left"].set_visible(False)
-        axes.grid(axis="x")
-        axes.set_axisbelow(True)
-        figure.legend(loc="outside upper left", ncols=3, handlelength=1)
+        _name_bars(axes, [row.name for row in card.groups])
         return _svg(figure, "Mean score by group and model")
 
 
@@ -167,7 +169,7 @@ def pareto(quality: Mapping[str, float], speed: Mapping[str, float], published: 
     Models of `published` quality, whose speed here nobody knows, are lines across.
     """
     names = [name for name in speed if name in quality]
-    colours = dict(zip(speed, cycle((TEACHER, AFTER, BEFORE, *PALETTE)), strict=False))
+    colours = _colours(speed)
     best = [
         name for name in names if all(quality[name] >= quality[other] for other in names if speed[other] >= speed[name])
     ]
