@@ -10,7 +10,7 @@ export PATH := $(BIN):$(PATH)
 # Without its caches every process compiles its libraries anew: 21 s instead of 9 until a worker of jobs/embed.py begins.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo serve test test-all lint format lock bench-distill bench-train bench-encode bench-embed-job bench-serve bench-evaluate bench-mine bench-mine-scale bench-corpus bench-overheads faults clean
+.PHONY: help demo serve test test-all lint format lock bench-distill bench-train bench-encode bench-embed-job bench-serve bench-evaluate bench-mine bench-mine-scale bench-exact-search bench-corpus bench-overheads faults clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -63,6 +63,9 @@ bench-mine: $(VENV)/.dev ## mining against sentence-transformers' miner
 
 bench-mine-scale: $(VENV)/.dev ## mining a large corpus: memory under two settings, time a query by rows
 	$(BIN)/python -m benchmarks.mine_scale $(BENCH)
+
+bench-exact-search: $(VENV)/.dev ## exact search on a GPU against FAISS's
+	$(BIN)/python -m benchmarks.exact_search $(BENCH)
 
 bench-corpus: $(VENV)/.dev ## building a corpus: rows counted, time and memory by rows, polars, groupby
 	$(BIN)/python -m benchmarks.corpus $(BENCH)

@@ -18,21 +18,21 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
+import torch
 
-from embedlib.errors import ConfigError, DataError
+from embedlib.brute_force import Vectors, brute_force, on_gpu
+from embedlib.errors import DataError
 from embedlib.index import Assignment, read_index, search_index
 from embedlib.schemas import vectors_of
 from embedlib.topk import NO_ROW, Hits, best
 
-Vectors = npt.NDArray[np.floating]
 ATTRIBUTES = ("rows", "keys", "documents", "langs")
 FILES = ("vectors", "positions", *ATTRIBUTES)
 TEXTS_NAME, INDEX_NAME, JUDGE_NAME = "texts.arrow", "index.faiss", "judge.npy"
 # Rows beyond the ones asked for, since brute force and an index may order near-equal scores as they like.
 SLACK = 8
-# faiss on GPUs gives no more neighbours than this.
-MAX_GPU_NEIGHBOURS = 2048
 RESCORED_BYTES = 16 << 20
+CPU = torch.device("cpu")
 
 
 class Chunk(NamedTuple):
@@ -61,10 +61,12 @@ class Shard(NamedTuple):
     faiss_index: faiss.Index | None
     judge: Vectors | None
     """(rows, another dim): what a second model made of the texts, where one was asked."""
+    resident: torch.Tensor | None
+    """(rows, dim) `vectors` on a GPU, which then searches them."""
 
     @classmethod
-    def open(cls, directory: Path) -> Self:
-        """Memory-map what `build_shard` wrote."""
+    def open(cls, directory: Path, device: torch.device = CPU) -> Self:
+        """Memory-map what `build_shard` wrote; a GPU takes its vectors as well, if it has room for them."""
         arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in FILES}
         with pa.memory_map(str(directory / TEXTS_NAME)) as source:
             texts = pa.ipc.open_file(source).read_all()
@@ -74,6 +76,7 @@ class Shard(NamedTuple):
             texts=texts,
             faiss_index=read_index(index) if index.exists() else None,
             judge=np.load(judge, mmap_mode="r") if judge.exists() else None,
+            resident=on_gpu(arrays["vectors"], device),
         )
 
     @property
@@ -96,7 +99,8 @@ class Shard(NamedTuple):
         """
         enough = k + SLACK
         if self.faiss_index is None:
-            return best(self._hits(queries, brute_force(queries, self.vectors, enough, block_rows)), k)
+            vectors = self.vectors if self.resident is None else self.resident
+            return best(self._hits(queries, brute_force(queries, vectors, enough, block_rows)), k)
         rows = search_index(self.faiss_index, queries, max(enough, num_candidates), nprobe, assignment)
         found = np.where(rows == NO_ROW, NO_ROW, self.positions[np.maximum(rows - self.first_row, 0)])
         if num_candidates > enough:
@@ -236,28 +240,6 @@ def text_keys(column: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
     keys = np.zeros(len(texts), np.uint64)
     keys[known] = pd.util.hash_array(texts[known], categorize=False)
     return keys
-
-
-def brute_force(queries: npt.NDArray[np.float32], vectors: Vectors, k: int, block_rows: int) -> npt.NDArray[np.int64]:
-    """Positions in `vectors` (rows, dim) of the `k` largest inner products, (queries, at most k), in no order.
-
-    Only `block_rows` vectors are in memory at a time as float32.
-    """
-    k = min(k, len(vectors))
-    resources = faiss.StandardGpuResources() if faiss.get_num_gpus() else None
-    if resources and k > MAX_GPU_NEIGHBOURS:
-        raise ConfigError(f"{k} candidates: faiss finds at most {MAX_GPU_NEIGHBOURS} on a GPU; lower rule.range_max")
-    heap = faiss.ResultHeap(len(queries), k, keep_max=True)
-    for start in range(0, len(vectors), block_rows):
-        block = np.ascontiguousarray(vectors[start : start + block_rows], np.float32)
-        metric = faiss.METRIC_INNER_PRODUCT
-        few = min(k, len(block))
-        if resources:
-            scores, found = faiss.knn_gpu(resources, queries, block, few, metric=metric)
-        else:
-            scores, found = faiss.knn(queries, block, few, metric=metric)
-        heap.add_result(scores, found + start)
-    return np.asarray(heap.I)
 
 
 def inner_products(

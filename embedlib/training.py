@@ -28,7 +28,7 @@ from embedlib.losses import LossConfig, distillation_loss
 from embedlib.packing import Collate
 from embedlib.threads import side_by_side
 
-# Up to so many padded tokens of a process the graph of its whole batch is kept.
+# Up to so many padded tokens of a process, or those of one micro-batch, the graph of its whole batch is kept.
 WHOLE_GRAPH_TOKENS = 16384
 # Each lane holds gradients of its own.
 MAX_LANES = 4
@@ -303,7 +303,7 @@ def optimise(
     elif of_rows:
         total_loss = backward.by_row(micro_batches, of_rows)
     # All processes must agree, or their exchanges would meet in different orders.
-    elif all_reduce_max(padded_tokens, device) <= WHOLE_GRAPH_TOKENS:
+    elif all_reduce_max(padded_tokens, device) <= max(WHOLE_GRAPH_TOKENS, arithmetic.batch_tokens):
         total_loss = backward.whole(micro_batches)
     else:
         total_loss = backward.twice(micro_batches)

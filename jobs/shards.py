@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
+import torch
 from pydantic import Field
 
 from embedlib.artifact import MANIFEST_NAME, Manifest, read_manifest
@@ -27,7 +28,7 @@ from embedlib.shard import Chunk, Shard, build_shard
 from embedlib.sources import Part
 from embedlib.storage import Store
 from embedlib.topk import Hits, merge, recall
-from jobs.runtime import Progress, own_errors
+from jobs.runtime import Progress, num_gpus, own_errors
 
 # Below this many rows brute force is quick, and exact.
 EXACT_ROWS = 1_000_000
@@ -53,7 +54,7 @@ class SearchConfig(Config):
     """Rows that the index gives a query, over all shards, for their own vectors to be compared; none: 1024 for kinds
     that keep product-quantised codes, which order rows but roughly, else no more than are needed."""
     shards: int | None = Field(default=None, ge=1)
-    """Pieces of the corpus, each with a process; none: one a node."""
+    """Pieces of the corpus, each with a process; none: one a node, or a GPU where there are more of them."""
     nprobe: int = Field(default=16, ge=1)
     """Lists that a query looks into, or how widely it searches a graph."""
     min_recall: float = Field(default=0.95, ge=0, le=1)
@@ -135,7 +136,7 @@ class IndexShard:
                     self.plan.trained_index(),
                     (lambda: read_chunks(self.plan.judge[self.number], VECTORS)) if self.plan.judge else None,
                 )
-            self.opened = Shard.open(directory)
+            self.opened = Shard.open(directory, torch.device("cuda" if ray.get_gpu_ids() else "cpu"))
         return self.opened
 
     def num_rows(self) -> int:
@@ -178,7 +179,7 @@ def plan_shards(
 
     `judge` are files of the same rows with a second model's vectors.
     """
-    num_shards = search.shards or len(ray.nodes())
+    num_shards = search.shards or max(len(ray.nodes()), num_gpus())
     chunks = cut([*own, *others], num_shards)
     plan = ShardPlan(
         work=str(work),
@@ -346,7 +347,14 @@ def start_shards(plan: ShardPlan) -> list[Any]:
     """
     cores = (os.cpu_count() or 1) * len(ray.nodes())
     threads = max(1, cores // len(plan.chunks))
-    actor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy="SPREAD")(IndexShard)
+    remote = ray.remote(
+        num_cpus=0,
+        num_gpus=0 if plan.factory else share_of_gpu(len(plan.chunks)),
+        max_restarts=-1,
+        max_task_retries=-1,
+        scheduling_strategy="SPREAD",
+    )
+    actor: Any = remote(IndexShard)
     shards = [actor.remote(plan, number, threads) for number in range(len(plan.chunks))]
     progress = Progress("index", len(shards), "shards")
     ready, building, coming = 0, list[Any](), iter(shards)
@@ -358,6 +366,11 @@ def start_shards(plan: ShardPlan) -> list[Any]:
         ready += len(done)
         progress.update(ready)
     return shards
+
+
+def share_of_gpu(num_shards: int) -> float:
+    """What each shard takes of a GPU if all take as much; Ray counts in ten-thousandths."""
+    return min(1.0, math.floor(num_gpus() / num_shards * 1e4) / 1e4)
 
 
 def search_shards(

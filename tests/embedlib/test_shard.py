@@ -10,7 +10,7 @@ import pytest
 from embedlib.errors import DataError
 from embedlib.index import assign, merge_indexes, save_index, train_index
 from embedlib.schemas import vector_column
-from embedlib.shard import INDEX_NAME, Chunk, Shard, brute_force, build_shard, text_keys
+from embedlib.shard import INDEX_NAME, Chunk, Shard, build_shard, text_keys
 from embedlib.topk import NO_ROW
 
 FIRST = 100
@@ -126,7 +126,3 @@ def test_a_vector_that_says_nothing_is_refused(value: float, word: str, tmp_path
     with pytest.raises(DataError, match=f"row 142 and 0 more: {word}"):
         build_shard(lambda: iter([Chunk(FIRST, table(0, 500, broken))]), tmp_path / "one")
     assert not (tmp_path / "one").exists()
-
-
-def test_brute_force_takes_what_there_is() -> None:
-    assert sorted(brute_force(QUERIES[:1], VECTORS[:3], 10, 2)[0].tolist()) == [0, 1, 2]
