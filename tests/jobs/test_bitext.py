@@ -73,7 +73,9 @@ def test_near_duplicates_leave_one_of_a_group(ray_cluster: None, tmp_path: Path)
     source = embedded(tmp_path / "texts", texts, vectors)
     config = {"source": source, "output": str(tmp_path / "out"), "retrieval": "all", "margin": "absolute"}
     manifest = bitext(BitextConfig.model_validate(config | {"threshold": 0.95}))
-    kept = pq.read_table(tmp_path / "out" / "kept.parquet")["row"].to_pylist()
+    rows = pq.read_table(tmp_path / "out" / "kept.parquet")
+    assert rows.column_names == ["id", "text"]
+    kept = [int(name.removeprefix("texts-")) for name in rows["id"].to_pylist()]
     assert kept == [row for row in range(200) if not 150 <= row < 160 and row != 190]
     assert manifest.measurements["kept"] == 189
 

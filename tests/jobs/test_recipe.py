@@ -79,3 +79,30 @@ def test_a_recipe_runs_and_a_rerun_does_nothing_again(
     assert {name: done.state for name, done in main(config).items()} == dict.fromkeys(stages, "was there")
     assert json.loads((tmp_path / "recipe" / "recipe.json").read_text())["merged"]["state"] == "was there"
     assert "trained" in capsys.readouterr().out
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_corpus_without_what_means_the_same(tmp_path: Path, tiny_encoder: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    texts = [row["text"] for row in corpus_rows() if row["lang"] == "en"]
+    rows.write_text("".join(json.dumps({"text": text + end}) + "\n" for text in texts for end in ("", ".")))
+    shares = {"validation_share": 0.0, "held_out_share": 0.0, "identify": "never"}
+    near = {"retrieval": "all", "margin": "absolute", "threshold": 0.6}
+    stages: dict[str, Any] = {
+        "raw": {"job": "corpus", "values": shares | {"sources": [{"name": "rows", "path": "{rows}", "lang": "en"}]}},
+        "vectors": {
+            "job": "embed",
+            "values": {"input": "{raw}/*.parquet", "model": "{base}", "columns": {"keep": ["text", "lang"]}},
+        },
+        "twins": {"job": "bitext", "values": near | {"source": "{vectors}"}},
+        "built": {"job": "corpus", "values": shares | {"sources": [{"name": "kept", "path": "{twins}/kept.parquet"}]}},
+    }
+    paths = {"base": str(tiny_encoder), "rows": str(rows)}
+    config = recipe(stages, paths=paths, output=tmp_path / "recipe")
+    assert {name: done.state for name, done in main(config).items()} == dict.fromkeys(stages, "made")
+    twins = json.loads((tmp_path / "recipe" / "twins" / "manifest.json").read_text())["measurements"]
+    built = pq.read_table(tmp_path / "recipe" / "built" / "train")
+    assert 0 < len(built) == twins["kept"] < twins["rows"]["source"]
+    assert set(built["lang"].to_pylist()) == {"en"}
+    assert {name: done.state for name, done in main(config).items()} == dict.fromkeys(stages, "was there")
