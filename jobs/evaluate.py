@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 import mteb
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import torch
@@ -47,9 +48,17 @@ from embedlib.evaluation.languages import language_of
 from embedlib.evaluation.model_card import push_model, write_model_card
 from embedlib.evaluation.mteb_encoder import CachedEncoder, VectorCache, prompt_for
 from embedlib.evaluation.official import official_rows, read_published
-from embedlib.evaluation.scorecard import Failure, check_gates, make_scorecard, parse_gate, verdict
+from embedlib.evaluation.scorecard import (
+    GROUPS,
+    Failure,
+    check_gates,
+    check_requirements,
+    make_scorecard,
+    parse_gate,
+    verdict,
+)
 from embedlib.evaluation.scoring import SCORING_VERSION, Score, evaluate_task
-from embedlib.evaluation.tasks import TaskConfig, load_task, task_mark
+from embedlib.evaluation.tasks import KINDS, TaskConfig, load_task, task_mark
 from embedlib.metrics import Vectors
 from embedlib.model_directory import read_prompts
 from embedlib.pretrained import pretrained_directory
@@ -141,6 +150,13 @@ class Unit(NamedTuple):
     config: dict[str, Any] | None
     root: str
     benchmark: str | None
+    type: str
+    """What mteb calls its type."""
+
+    @property
+    def group(self) -> str:
+        """The row of the scorecard it belongs to."""
+        return GROUPS.get(self.type, self.type.lower())
 
 
 class Scorer:
@@ -229,21 +245,37 @@ def plan_units(config: EvaluateConfig) -> tuple[list[Unit], list[Failure]]:
         home = config.directory / "docs" / fingerprint(documents=documents, seed=config.seed)[:12]
         made = make_document_tasks(documents, home, config.seed)
         tasks |= {name: (task, home) for name, task in made.items()}
-    if unknown := sorted(set(config.only or []) - {*tasks, *(task.type for task, _ in tasks.values())}):
-        raise ConfigError(f"only: {unknown[0]!r} is neither a task nor a type of one; expected of {sorted(tasks)}")
+    listed = [unit for name in config.benchmarks for unit in hub_units(name)]
+    known = {*tasks, *(task.type for task, _ in tasks.values()), *(unit.name for unit in listed)}
+    known |= {unit.group for unit in listed}
+    if unknown := sorted(set(config.only or []) - known):
+        raise ConfigError(f"only: {unknown[0]!r} is neither a task nor a type of one; expected of {sorted(known)}")
     units, failures = [], []
     for name, (task, root) in tasks.items():
         if config.only and not {name, task.type} & set(config.only):
             continue
         try:
             mark = fingerprint(task=task_mark(task, root), name=name, mteb=version("mteb"), scoring=SCORING_VERSION)
-            units.append(Unit(name, mark, task.model_dump(), str(root), None))
+            units.append(Unit(name, mark, task.model_dump(), str(root), None, KINDS[task.type].name))
         except DataError as error:
             failures += [Failure(model=model, task=name, reason=str(error)) for model in config.models]
-    units += [unit for name in config.benchmarks for unit in hub_units(name)]
+    units += [unit for unit in listed if not config.only or {unit.name, unit.group} & set(config.only)]
+    units = distinct_units(units)
     if not units:
         raise ConfigError("tasks: none to run; expected `tasks`, `docs` or `benchmarks`")
     return units, failures
+
+
+def distinct_units(units: Sequence[Unit]) -> list[Unit]:
+    """Each task once, though several benchmarks have it; ConfigError where one name stands for different data."""
+    found: dict[str, Unit] = {}
+    for unit in units:
+        if found.setdefault(unit.name, unit).mark != unit.mark:
+            raise ConfigError(
+                f"tasks: {unit.name!r} is there twice, of other data or languages, and would count twice; expected "
+                "one. Benchmarks that share tasks go into runs of their own: vectors are kept"
+            )
+    return list(found.values())
 
 
 def hub_units(name: str) -> list[Unit]:
@@ -269,7 +301,7 @@ def hub_unit(task: Any, benchmark: str | None) -> Unit:
         mteb=version("mteb"),
         scoring=SCORING_VERSION,
     )
-    return Unit(task.metadata.name, mark, None, "", benchmark)
+    return Unit(task.metadata.name, mark, None, "", benchmark, task.metadata.type)
 
 
 def hub_task(unit: Unit) -> Any:
@@ -310,13 +342,20 @@ class Sample(NamedTuple):
     """Texts that translate each other have the same; -1: none known."""
 
 
+def check_sample(path: str) -> None:
+    """DataError where the texts without labels cannot be read, ConfigError where they have no `text`."""
+    try:
+        names = pq.read_schema(path).names
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"texts: {path}: not a readable Parquet file: {error}") from error
+    if "text" not in names:
+        raise ConfigError(f"texts: {path}: no column 'text'; found {', '.join(names)}")
+
+
 def read_sample(config: EvaluateConfig, units: Sequence[Unit]) -> Sample:
     """The texts of `config.texts`, or texts of the tasks, at most SAMPLE_TEXTS distinct ones in an order of chance."""
     if config.texts:
-        table = pq.read_table(config.texts)
-        if "text" not in table.column_names:
-            raise ConfigError(f"texts: {config.texts}: no column 'text'; found {', '.join(table.column_names)}")
-        rows = table.to_pylist()
+        rows = pq.read_table(config.texts).to_pylist()
     else:
         rows = [row for unit in units if unit.config for row in texts_of(unit)]
     distinct = {row["text"]: row for row in rows if row["text"] and row["text"].strip()}
@@ -402,12 +441,16 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     """
     for requirement in config.require:
         parse_gate(requirement)
+    if config.texts:
+        check_sample(config.texts)
     published = read_published(Path(config.reference)) if config.reference else {}
     models = find_models(config)
     units, failures = plan_units(config)
+    check_requirements(config.require, [name for unit in units for name in (unit.name, unit.group)], config.models)
     mark = mark_of_evaluation(config, models, units, failures)
     finished = read_evaluation(config.directory)
     if finished and finished.fingerprint == mark and len(finished.failures) == len(failures):
+        write_cards(config, models, finished)
         return finished  # a task that failed while it ran is tried again
     actors = scorers(config, len(models) * len(units))
     scores: list[Score] = []
@@ -446,11 +489,16 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     plots = draw_evaluation(evaluation, vectors, sample.langs, sample.groups) if config.plots else {}
     write_evaluation(evaluation, plots, config.directory)
     write_mteb_results(config.directory, models, units)
+    write_cards(config, models, evaluation)
+    return evaluation
+
+
+def write_cards(config: EvaluateConfig, models: Sequence[Model], evaluation: Evaluation) -> None:
+    """A card, where they are asked for, in the directory of every model but the baseline."""
     for model in models:
         given = config.models[model.name].partition("@")[0]
-        if config.card and model.name != baseline and Path(given).is_dir():
+        if config.card and model.name != evaluation.scorecard.baseline and Path(given).is_dir():
             write_model_card(model.directory, evaluation, model.name)
-    return evaluation
 
 
 def mark_of_evaluation(

@@ -67,10 +67,12 @@ def write_evaluation(evaluation: Evaluation, plots: Mapping[str, str], directory
     """report.json, report.md and report.html in `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
     values = evaluation.model_dump(mode="json", exclude={"scores": {"__all__": {"replicates"}}})
-    directory.joinpath(REPORT_NAME).write_text(to_json(values), encoding="utf-8")
-    told: dict[str, Any] = {"evaluation": evaluation, "card": evaluation.scorecard, "cell": cell_text, "absent": ABSENT}
+    told: dict[str, Any] = {"evaluation": evaluation, "card": evaluation.scorecard, "absent": ABSENT}
+    told |= {"cell": cell_text, "difference": difference_text}
     directory.joinpath("report.html").write_text(render_page("evaluation.html.jinja", plots, **told), encoding="utf-8")
     directory.joinpath("report.md").write_text(render_page("evaluation.md.jinja", {}, **told), encoding="utf-8")
+    # The last: where it is, nothing is missing.
+    directory.joinpath(REPORT_NAME).write_text(to_json(values), encoding="utf-8")
 
 
 def read_evaluation(directory: Path) -> Evaluation | None:
@@ -101,6 +103,15 @@ def cell_text(cell: Cell | None) -> str:
         return ABSENT
     span = f" [{cell.low:.1f}, {cell.high:.1f}]" if cell.low is not None and cell.high is not None else ""
     return f"{cell.value:.1f}{span}{'*' if cell.p is not None and cell.p < 0.05 else ''}"
+
+
+def difference_text(cell: Cell | None) -> str:
+    """`-1.2 [-1.9, -0.4], p 0.004`: the paired difference to the baseline."""
+    if cell is None or cell.difference is None:
+        return ABSENT
+    if cell.difference_low is None or cell.difference_high is None or cell.p is None:
+        return f"{cell.difference:+.1f}"
+    return f"{cell.difference:+.1f} [{cell.difference_low:+.1f}, {cell.difference_high:+.1f}], p {cell.p:.3f}"
 
 
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:

@@ -217,6 +217,17 @@ def check_gates(requirements: Sequence[str], card: Scorecard, models: Iterable[s
     return [result for text in requirements for result in check_gate(text, card, models)]
 
 
+def check_requirements(requirements: Sequence[str], rows: Iterable[str], models: Iterable[str]) -> None:
+    """ConfigError for a requirement that names none of the `rows` or `models` there will be; languages aside."""
+    known = sorted({*(row.lower() for row in rows), MEAN})
+    for text in requirements:
+        name, _, _, measure = parse_gate(text)
+        if not name.startswith("lang:") and name.lower() not in known:
+            raise ConfigError(f"require: {text!r}: no row {name!r}; expected of {known}, or lang: and a language")
+        if measure and measure not in models:
+            raise ConfigError(f"require: {text!r}: no model {measure!r}; expected of {sorted(models)}")
+
+
 def check_gate(text: str, card: Scorecard, models: Iterable[str]) -> list[GateResult]:
     """What one requirement comes to for each of `models`, but the one it names as its measure.
 
@@ -267,27 +278,41 @@ def verdict(card: Scorecard, model: str, speed_ratio: float | None, size_ratio: 
     if mean is None or mean.retention is None:
         return f"{model} lacks scores that {card.baseline} has, so there is no verdict on it."
     kept = f"{model} keeps {100 * mean.retention:.1f} % of {card.baseline}'s mean score"
-    safe = [row.name for row in card.groups[:-1] if retains(row, model, SAFE)]
+    safe = [row.name for row in card.groups[:-1] if retains(row, model, card.baseline, SAFE)]
+    unsure = [row.name for row in card.groups[:-1] if keeps(row, model, SAFE) and row.name not in safe]
     lost, langs = losses(card.groups[:-1], model), losses(card.languages, model)
     sentences = [f"{kept} and is {gain}." if gain else f"{kept}."]
     sentences += (
         [f"Safe to ship where the work is {listed(safe)}: it keeps {100 * SAFE:.0f} % or more there."] if safe else []
     )
+    sentences += (
+        [f"It keeps as much in {listed(unsure)}, but so few items, or none, show it that chance may have done it."]
+        if unsure
+        else []
+    )
     sentences += [f"Not safe for {listed(lost)}."] if lost else []
     if langs:
         many = f"{len(langs)} of {len(card.languages)}, most of all " if len(langs) > NAMED else ""
         sentences.append(f"Weak languages: {many}{listed(langs[:NAMED])}.")
-    if not safe:
+    if not safe and not unsure:
         sentences.append(
             f"It keeps {100 * SAFE:.0f} % in no group: train it longer, or measure it on your own documents first."
         )
     return " ".join(sentences)
 
 
-def retains(row: Row, model: str, share: float) -> bool:
+def keeps(row: Row, model: str, share: float) -> bool:
     """Whether the model keeps that share of the baseline's value in a row."""
     cell = row.cells.get(model)
     return cell is not None and cell.retention is not None and cell.retention >= share
+
+
+def retains(row: Row, model: str, baseline: str, share: float) -> bool:
+    """Whether it does, and the paired difference's whole interval says so as well."""
+    if not keeps(row, model, share):
+        return False
+    low = row.cells[model].difference_low
+    return low is not None and low >= (share - 1) * row.cells[baseline].value
 
 
 def losses(rows: Sequence[Row], model: str) -> list[str]:

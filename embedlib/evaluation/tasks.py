@@ -41,6 +41,7 @@ from embedlib.errors import DataError
 from embedlib.evaluation.languages import language_codes
 
 LocalType = Literal["sts", "pair_classification", "bitext", "classification", "clustering", "retrieval", "reranking"]
+ID_COLUMNS = ("_id", "query-id", "corpus-id")
 # mteb clusters samples of the texts ten times; more texts a sample change the score little and cost minutes.
 CLUSTERED_TEXTS = 2048
 
@@ -134,7 +135,10 @@ def _pair_rows(name: str, config: TaskConfig, table: pa.Table, lang: str) -> Dat
     if config.type == "sts":
         rows["score"] = _varied(name, lang, "score", table["score"].cast(pa.float64()).to_pylist())
     if config.type == "pair_classification":
-        rows["labels"] = _numbered(_varied(name, lang, "label", table["label"].to_pylist()))
+        labels = _varied(name, lang, "label", table["label"].to_pylist())
+        if strange := [label for label in labels if label not in (0, 1)]:
+            raise DataError(f"task {name}: label of {lang!r} is {strange[0]!r}; expected 0 or 1, 1 for a true pair")
+        rows["labels"] = [int(label) for label in labels]
     return Dataset.from_dict(rows)
 
 
@@ -212,7 +216,7 @@ def _retrieval_subset(
     asked = _of_language(queries, lang)
     asked = asked.slice(0, config.limit)
     relevant: dict[str, dict[str, int]] = {query: {} for query in asked["_id"].to_pylist()}
-    scores = qrels["score"].to_pylist() if "score" in qrels.column_names else [1] * len(qrels)
+    scores = _relevances(name, qrels)
     known = set(documents["_id"].to_pylist())
     if config.join:
         answers = _documents_by(documents, config.join)
@@ -220,13 +224,13 @@ def _retrieval_subset(
             qrels["query-id"].to_pylist(), qrels[config.join].to_pylist(), scores, strict=True
         ):
             if query in relevant:
-                relevant[query] |= dict.fromkeys(answers.get(value, ()), int(score))
+                relevant[query] |= dict.fromkeys(answers.get(value, ()), score)
     else:
         for query, document, score in zip(
             qrels["query-id"].to_pylist(), qrels["corpus-id"].to_pylist(), scores, strict=True
         ):
             if query in relevant and document in known:
-                relevant[query][document] = int(score)
+                relevant[query][document] = score
     if not any(relevant.values()):
         raise DataError(f"task {name}: no query of {lang!r} has a relevant document in the corpus")
     titles = documents["title"].to_pylist() if "title" in documents.column_names else [""] * len(documents)
@@ -244,6 +248,14 @@ def _retrieval_subset(
     }
 
 
+def _relevances(name: str, qrels: pa.Table) -> list[int]:
+    """How well each document answers its query; DataError for shares of one, which mteb would take for nothing."""
+    scores = qrels["score"].to_pylist() if "score" in qrels.column_names else [1] * len(qrels)
+    if strange := [score for score in scores if score is None or score != int(score)]:
+        raise DataError(f"task {name}: score of qrels is {strange[0]!r}; expected whole numbers, 0 for no answer")
+    return [int(score) for score in scores]
+
+
 def _documents_by(documents: pa.Table, column: str) -> dict[Any, list[str]]:
     found: dict[Any, list[str]] = {}
     for document, value in zip(documents["_id"].to_pylist(), documents[column].to_pylist(), strict=True):
@@ -258,6 +270,10 @@ def _read_reranking(name: str, config: TaskConfig, path: Path) -> dict[str, Any]
         numbers: dict[str, str] = {}
         relevant, ranked = {}, {}
         for row, query in enumerate(table.to_pylist()):
+            if not (isinstance(query["positive"], list) and isinstance(query["negative"], list)):
+                raise DataError(
+                    f"task {name}: positive and negative of row {row} are no lists; expected lists of texts"
+                )
             if not query["positive"] or not query["negative"]:
                 raise DataError(f"task {name}: row {row} of {lang!r} has no positive or no negative; expected both")
             good, bad = (
@@ -321,6 +337,10 @@ def _table(name: str, config: TaskConfig, file: Path, columns: list[str]) -> pa.
     for column in columns:
         if table[column].null_count:
             raise DataError(f"task {name}: {file}: column {column!r} has {table[column].null_count} empty values")
+    # mteb knows ids as strings alone.
+    for place, column in enumerate(table.column_names):
+        if column in ID_COLUMNS and pa.types.is_integer(table[column].type):
+            table = table.set_column(place, column, table[column].cast(pa.string()))
     return table
 
 
@@ -342,6 +362,8 @@ def _languages(config: TaskConfig, table: pa.Table) -> list[str]:
     if "lang" not in table.column_names:
         return ["default"]
     found = sorted(table["lang"].unique().to_pylist())
+    if missing := sorted(set(config.languages or []) - set(found)):
+        raise DataError(f"languages: no row is in {missing[0]!r}; expected of {found}")
     return [lang for lang in found if config.languages is None or lang in config.languages]
 
 
@@ -366,8 +388,3 @@ def _varied(name: str, lang: str, column: str, values: list[Any]) -> list[Any]:
 
 def _numbers(labels: list[Any]) -> dict[Any, int]:
     return {label: number for number, label in enumerate(sorted(set(labels)))}
-
-
-def _numbered(labels: list[Any]) -> list[int]:
-    numbers = _numbers(labels)
-    return [numbers[label] for label in labels]

@@ -212,3 +212,15 @@ def test_benchmarks_are_known_without_a_hub(sets: Path, tiny_encoder: Path) -> N
     units, _ = plan_units(config_of(sets, {"teacher": tiny_encoder}, tasks={}, benchmarks=["MTEB(Indic, v1)", "STS12"]))
     assert len(units) == len(mteb.get_benchmark("MTEB(Indic, v1)").tasks) + 1
     assert {unit.benchmark for unit in units} == {"MTEB(Indic, v1)", None}
+    some, _ = plan_units(
+        config_of(sets, {"teacher": tiny_encoder}, tasks={}, benchmarks=["MTEB(Indic, v1)", "STS12"], only=["sts"])
+    )
+    assert [unit.name for unit in some if unit.benchmark is None] == ["STS12"]
+    assert {unit.type for unit in some} == {"STS"}
+    twice, _ = plan_units(config_of(sets, {"teacher": tiny_encoder}, tasks={}, benchmarks=["STS12", "STS12"]))
+    assert [unit.name for unit in twice] == ["STS12"]
+    shared = config_of(
+        sets, {"teacher": tiny_encoder}, tasks={}, benchmarks=["MTEB(eng, v1)", "MTEB(Multilingual, v1)"]
+    )
+    with pytest.raises(ConfigError, match="is there twice, of other data or languages"):
+        plan_units(shared)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from embedlib.errors import ConfigError
 from embedlib.evaluation.bootstrap import Items, average_precision, interval, ndcg, p_value, replicates, spearman
 from embedlib.evaluation.official import official_rows, published_means
-from embedlib.evaluation.scorecard import check_gates, make_scorecard, verdict
+from embedlib.evaluation.scorecard import check_gates, check_requirements, make_scorecard, verdict
 from embedlib.evaluation.scoring import Score
 
 
@@ -101,6 +101,23 @@ def test_the_verdict_names_what_is_safe_and_what_is_not() -> None:
     assert "Safe to ship where the work is sts" in text
     assert "Not safe for bitext (62 %)" in text
     assert "Weak languages: bn (29 %) and de (89 %)" in text
+
+
+def test_what_chance_may_have_kept_is_not_called_safe() -> None:
+    scores = [each.model_copy(update={"replicates": None}) for each in SCORES]
+    text = verdict(make_scorecard(scores, ["teacher", "student"], "teacher"), "student", None, None)
+    assert "Safe to ship" not in text
+    assert "It keeps as much in sts, but so few items, or none, show it" in text
+
+
+@pytest.mark.parametrize(
+    ("require", "message"),
+    [("sets>=1", r"no row 'sets'; expected of \['mean', 'sts', 'sts1'\]"), ("sts>=1*tutor", "no model 'tutor'")],
+)
+def test_a_requirement_of_nothing_is_refused_before_anything_is_scored(require: str, message: str) -> None:
+    check_requirements(["sts>=0.9*teacher", "lang:de>1", "mean>1"], ["STS1", "sts"], ["teacher", "student"])
+    with pytest.raises(ConfigError, match=message):
+        check_requirements([require], ["STS1", "sts"], ["teacher", "student"])
 
 
 def test_draws_are_paired_by_name_and_a_difference_beyond_chance_is_seen() -> None:

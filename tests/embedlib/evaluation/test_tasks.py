@@ -96,8 +96,14 @@ def test_retrieval_within_and_across_languages(tmp_path: Path) -> None:
         (
             {"type": "clustering", "languages": ["de"]},
             {"text": ["a", "b"], "label": [1, 2], "lang": ["fr", "fr"]},
-            "no rows",
+            "no row is in 'de'; expected of ..fr",
         ),
+        (
+            {"type": "pair_classification"},
+            {"sentence1": ["a", "b"], "sentence2": ["c", "d"], "label": ["entails", "not"]},
+            "label of 'default' is 'entails'; expected 0 or 1",
+        ),
+        ({"type": "reranking"}, {"query": ["a"], "positive": ["b"], "negative": ["c"]}, "expected lists of texts"),
         ({"type": "classification"}, {"text": ["a", "b"], "label": [1, 2]}, "trains on what it scores"),
         ({"type": "reranking"}, {"query": ["a"], "positive": [["b"]], "negative": [[]]}, "no negative"),
     ],
@@ -108,6 +114,21 @@ def test_what_cannot_be_scored_is_refused(
     write(tmp_path / "test.parquet", columns)
     with pytest.raises(DataError, match=message):
         load_task("Bad", TaskConfig(path="test.parquet", **config), tmp_path)
+
+
+def test_ids_may_be_numbers_and_relevance_is_whole(tmp_path: Path) -> None:
+    numbered = {
+        "corpus": {"_id": [1, 2], "text": ["eins", "two"]},
+        "queries": {"_id": [7], "text": ["eins?"]},
+        "qrels": {"query-id": [7], "corpus-id": [1], "score": [2.0]},
+    }
+    write_retrieval(tmp_path, **numbered)
+    task = load_task("Mine", TaskConfig(type="retrieval", path="."), tmp_path)
+    assert task.dataset is not None
+    assert task.dataset["default"]["test"]["relevant_docs"] == {"7": {"1": 2}}
+    write_retrieval(tmp_path, **numbered | {"qrels": numbered["qrels"] | {"score": [0.5]}})
+    with pytest.raises(DataError, match=r"score of qrels is 0\.5; expected whole numbers"):
+        load_task("Mine", TaskConfig(type="retrieval", path="."), tmp_path)
 
 
 @pytest.mark.parametrize(
