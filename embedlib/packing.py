@@ -5,6 +5,7 @@ is the attention, on any device, and the position ids, which in packed input hav
 """
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from itertools import groupby
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -83,7 +84,7 @@ def pack(sequences: Sequence[TokenIds], padding: int | None = None, device: torc
         "cu_seq_lens_k": cumulative,
         "max_length_q": longest,
         "max_length_k": longest,
-        "attention_groups": [attention_group(group, device) for group in grouped_lengths(lengths.tolist())],
+        "attention_groups": AttentionGroups(lengths.tolist(), device),
     }
 
 
@@ -99,6 +100,18 @@ class AttentionGroup(NamedTuple):
     """The place of each token, (num_tokens,)."""
     mask: torch.Tensor | None = None
     """Whether a place holds a token, (num_sequences, 1, 1, longest)."""
+
+
+class AttentionGroups:
+    """The groups of a batch, made when they are first asked for: GPUs attend to packed sequences without them."""
+
+    def __init__(self, lengths: list[int], device: torch.device | str) -> None:
+        self.lengths, self.device = lengths, device
+
+    @cached_property
+    def in_order(self) -> list[AttentionGroup]:
+        """The groups, as their sequences lie."""
+        return [attention_group(group, self.device) for group in grouped_lengths(self.lengths)]
 
 
 def grouped_lengths(lengths: Sequence[int]) -> list[list[int]]:
@@ -153,7 +166,7 @@ def packed_attention(
         packed = varlen_attn(q, k, v, cumulative, cumulative, longest, longest, scale=scaling)
         assert isinstance(packed, torch.Tensor)  # noqa: S101 (narrows the type)
         return packed[None], None
-    groups: list[AttentionGroup] = kwargs["attention_groups"]
+    groups: list[AttentionGroup] = kwargs["attention_groups"].in_order
     num_tokens = [group.num_tokens for group in groups]
     tokens_first = (tensor[0].transpose(0, 1).split(num_tokens) for tensor in (query, key, value))
     outputs = []

@@ -13,9 +13,10 @@ from pydantic import Field
 from embedlib.config import Config
 from embedlib.hashing import Hashes, Words, hash_pairs, hash_texts, loose_keys
 from embedlib.languages import canonical, identify
-from embedlib.quality import REASONS, QualityConfig, mask_personal, normalise, reasons, split_sentences
+from embedlib.quality import REASONS, QualityConfig, mask_personal, normalise, reasons
 from embedlib.reading import EXCERPT_CHARACTERS
 from embedlib.schemas import UNKNOWN_LANGUAGE
+from embedlib.sentences import split_sentences
 
 Product = Literal["corpus", "pairs", "query_passage"]
 # Rows looked at together: their characters fit a core's cache.

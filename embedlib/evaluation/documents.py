@@ -10,7 +10,7 @@ distractors. What is measured is whether vectors tell one's own documents apart,
 """
 
 import json
-import re
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,12 +22,12 @@ import pyarrow.parquet as pq
 from embedlib.artifact import whole_directory
 from embedlib.errors import DataError
 from embedlib.evaluation.tasks import TaskConfig
+from embedlib.sentences import sentences
 
 PASSAGE_CHARACTERS = 800
 LEAST_CHARACTERS = 120
 LEAST_QUERIES = 20
 MAX_QUERIES = 1000
-SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？।])\s*")
 TEXT_FILES = (".txt", ".md")
 
 
@@ -69,7 +69,8 @@ def read_documents(path: Path) -> list[Document]:
     Columns `title`, `lang` and `translation` are used where they are. DataError where nothing can be read.
     """
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    documents = [document for file in files for document in _read_file(file)]
+    # A document that is there twice would be a wrong answer to its own parts.
+    documents = list({document.text: document for file in files for document in _read_file(file)}.values())
     if not documents:
         raise DataError(f"docs: {path} has no documents; expected .txt, .md, or .parquet and .jsonl with `text`")
     return documents
@@ -84,7 +85,9 @@ def _read_file(file: Path) -> Iterator[Document]:
         elif file.suffix == ".parquet":
             yield from _documents_of(file, pq.read_table(file).to_pylist())
         elif file.suffix == ".jsonl":
-            yield from _documents_of(file, map(json.loads, file.read_text(encoding="utf-8").splitlines()))
+            # Not splitlines, which also cuts at separators that JSON leaves as they are.
+            lines = filter(str.strip, file.read_text(encoding="utf-8").split("\n"))
+            yield from _documents_of(file, map(json.loads, lines))
     except (OSError, pa.ArrowInvalid, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(f"docs: {file} cannot be read: {error}") from error
 
@@ -93,8 +96,11 @@ def _documents_of(file: Path, rows: Any) -> Iterator[Document]:
     for number, row in enumerate(rows):
         if "text" not in row:
             raise DataError(f"docs: {file}: row {number} has no `text`; found {', '.join(row)}")
+        if not isinstance(row["text"], str | None):
+            raise DataError(f"docs: {file}: `text` of row {number} is {row['text']!r}; expected a text")
         if row["text"] and row["text"].strip():
-            yield Document(row.get("title") or "", row["text"], row.get("lang") or "und", row.get("translation") or "")
+            title, translation = (str(row.get(name) or "") for name in ("title", "translation"))
+            yield Document(title, row["text"], row.get("lang") or "und", translation)
 
 
 def make_document_tasks(documents: Sequence[Document], directory: Path, seed: int) -> dict[str, TaskConfig]:
@@ -118,7 +124,8 @@ def make_document_tasks(documents: Sequence[Document], directory: Path, seed: in
         if len(queries) >= LEAST_QUERIES:
             write_retrieval(directory / name, passages, queries)
             tasks[f"docs_{name}"] = TaskConfig(type="retrieval", path=name)
-    if translated := drawn([document for document in documents if document.translation.strip()], rng):
+    translated = drawn([document for document in documents if document.translation.strip()], rng)
+    if len(translated) >= LEAST_QUERIES:
         write_translations(directory / "translation", translated)
         tasks["docs_translation"] = TaskConfig(type="bitext", path="translation")
     if not tasks:
@@ -127,9 +134,10 @@ def make_document_tasks(documents: Sequence[Document], directory: Path, seed: in
 
 
 def cut(text: str) -> list[list[str]]:
-    """The sentences of a text in passages of about PASSAGE_CHARACTERS."""
+    """The sentences of a text in passages of about PASSAGE_CHARACTERS; those that no mark ends, in parts."""
     passages: list[list[str]] = [[]]
-    for sentence in filter(None, (part.strip() for part in SENTENCE_END.split(" ".join(text.split())))):
+    parts = (textwrap.wrap(whole, PASSAGE_CHARACTERS // 3) for whole in sentences(" ".join(text.split())))
+    for sentence in (part for some in parts for part in some):
         if passages[-1] and sum(map(len, passages[-1])) + len(sentence) > PASSAGE_CHARACTERS:
             passages.append([])
         passages[-1].append(sentence)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from embedlib.quality import REASONS, QualityConfig, mask_personal, normalise, reasons, sentences
+from embedlib.quality import REASONS, QualityConfig, mask_personal, normalise, reasons
 
 
 def reason(text: str, lang: str = "en", **values: object) -> str:
@@ -105,24 +105,3 @@ def test_a_text_is_judged_by_itself(rows: list[tuple[str, str]]) -> None:
 )
 def test_mask_personal(text: str, masked: str) -> None:
     assert mask_personal(pa.array([text], pa.large_string())).to_pylist() == [masked]
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("", []),
-        ("One only", ["One only"]),
-        ('He said "Go." She went! Why?', ['He said "Go."', "She went!", "Why?"]),
-        ("Version 2.5 is out. It is good.", ["Version 2.5 is out.", "It is good."]),
-        ("Mr. Smith and J. Doe met. They talked.", ["Mr. Smith and J. Doe met.", "They talked."]),
-        ("यह एक वाक्य है। यह दूसरा है।", ["यह एक वाक्य है।", "यह दूसरा है।"]),
-        ("これは文です。「はい。」と言った。", ["これは文です。", "「はい。」", "と言った。"]),
-    ],
-)
-def test_sentences(text: str, expected: list[str]) -> None:
-    assert sentences(text) == expected
-
-
-@given(st.text(alphabet="ab .!?。A\n", max_size=60))
-def test_sentences_lose_nothing_but_spaces(text: str) -> None:
-    assert "".join("".join(sentences(text)).split()) == "".join(text.split())

@@ -10,6 +10,7 @@ from typing import Any
 
 # Where each job's configuration and its run are; train and distill say what they do in `main`.
 ENTRIES = {
+    "corpus": ("BuildConfig", "main"),
     "embed": ("EmbedConfig", "main"),
     "mine": ("MineConfig", "main"),
     "train": ("TrainConfig", "main"),

@@ -35,6 +35,13 @@ def embed_values(files: dict[str, str], output: Path) -> dict[str, Any]:
     return values | {"rows_per_part": 256, "num_actors": 3}
 
 
+def corpus_values(files: dict[str, str], output: Path) -> dict[str, Any]:
+    """10,240 rows in 11 parts, compared in 11 partitions, written as 15 shards."""
+    sizes = {"rows_per_part": 1000, "rows_per_partition": 1000, "rows_per_shard": 700}
+    values = {"output": str(output), "sources": [{"name": "rows", "path": files["corpus"], "lang": "en"}]}
+    return values | sizes | {"num_workers": 2}
+
+
 def mine_values(files: dict[str, str], output: Path) -> dict[str, Any]:
     """2,000 queries in 40 blocks, two shards."""
     return {
@@ -88,6 +95,11 @@ def num_parts(output: Path) -> int:
     return len(list(output.glob("part-*.parquet")))
 
 
+def num_pieces(output: Path) -> int:
+    """Files of all passes that are in place."""
+    return len(list(output.rglob("part-*")))
+
+
 def last_step(output: Path) -> int:
     """Steps that the training log tells of, in pieces of ten."""
     logs = list(output.glob("training/*/log/history.jsonl"))
@@ -110,6 +122,16 @@ def lost_vectors(undisturbed: Path, disturbed: Path) -> int:
         return missing
     vectors, others = vectors_of(expected["vector"]), vectors_of(found["vector"])[order]
     return int((vectors[np.argsort(wanted, kind="stable")] != others).any(axis=1).sum())
+
+
+def lost_shards(undisturbed: Path, disturbed: Path) -> int:
+    """Files of the corpus that are missing, too many, or of other bytes."""
+    contents: list[dict[str, bytes]] = [
+        {str(path.relative_to(output)): path.read_bytes() for path in output.rglob("part-*")}
+        for output in (undisturbed, disturbed)
+    ]
+    expected, found = contents
+    return sum(expected.get(name) != found.get(name) for name in expected.keys() | found.keys())
 
 
 def lost_rows(undisturbed: Path, disturbed: Path) -> int:
@@ -142,6 +164,7 @@ def lost_training(product: str) -> Callable[[Path, Path], int]:
 
 
 JOBS: dict[str, Work] = {
+    "corpus": Work(corpus_values, num_pieces, 40, lost_shards),
     "embed": Work(embed_values, num_parts, 40, lost_vectors),
     "mine": Work(mine_values, num_parts, 40, lost_rows),
     "train": Work(train_values, last_step, 20, lost_training("model")),

@@ -76,10 +76,29 @@ def test_long_documents_are_cut_between_sentences() -> None:
     assert all(sentence.endswith(".") for passage in passages for sentence in passage)
 
 
+def test_text_without_marks_is_cut_at_spaces() -> None:
+    passages = cut(" ".join(["สถานีปิดวันนี้"] * 120))
+    assert len(passages) > 1
+    assert all(len(part) <= 300 for passage in passages for part in passage)
+    assert max(map(len, passages)) >= 3
+
+
+def test_a_document_counts_once_and_json_is_read_by_lines(tmp_path: Path) -> None:
+    rows = [{"text": "One\u2028line."}, {"text": "One\u2028line."}, {"text": "Another.", "title": 7}]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    assert [(each.title, each.text) for each in read_documents(tmp_path)] == [("", "One\u2028line."), ("7", "Another.")]
+
+
+def test_a_few_translations_make_no_task(tmp_path: Path) -> None:
+    some = [each._replace(translation="Ja." if number < 3 else "") for number, each in enumerate(documents())]
+    assert "docs_translation" not in make_document_tasks(some, tmp_path, seed=0)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"body": "x"}', "row 0 has no `text`; found body"),
+        ("a.jsonl", b'{"text": 3}', "`text` of row 0 is 3; expected a text"),
         ("a.jsonl", b"{", "cannot be read"),
         ("a.txt", b"\xff\xfe\xfa", "cannot be read"),
         ("a.parquet", b"PAR1", "cannot be read"),
