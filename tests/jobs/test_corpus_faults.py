@@ -48,15 +48,21 @@ def num_files(output: Path) -> int:
 def test_a_killed_worker_does_not_show(undisturbed: Path, source: Path, tmp_path: Path, trial: int) -> None:
     moment = random.Random(trial).randint(1, 60)
     killed: list[int] = []
-    watcher = threading.Thread(
-        target=lambda: (
-            wait_for(lambda: num_files(tmp_path) >= moment, f"file {moment}"),
-            killed.extend(kill_ray_workers("MapBatches")),
-        )
-    )
+
+    def kill() -> None:
+        wait_for(lambda: num_files(tmp_path) >= moment, f"file {moment}")
+        # A worker bears its task's name while it is at it, which is not for long.
+        wait_for(has_struck, "a worker at work")
+
+    def has_struck() -> bool:
+        killed.extend(kill_ray_workers("MapBatches"))
+        return bool(killed)
+
+    watcher = threading.Thread(target=kill)
     watcher.start()
     build_corpus(BuildConfig.model_validate(values(source, tmp_path / "out")))
     watcher.join()
+    assert killed
     assert content(tmp_path / "out") == content(undisturbed)
 
 
