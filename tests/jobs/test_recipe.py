@@ -81,6 +81,7 @@ def test_a_recipe_runs_and_a_rerun_does_nothing_again(
     assert "trained" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_corpus_without_what_means_the_same(tmp_path: Path, tiny_encoder: Path) -> None:
