@@ -51,9 +51,9 @@ def read_batch(file: Store, number: int, columns: Sequence[str] | None = None) -
 
 
 @cache
-def read_hashes(uri: str) -> Words:
-    """The column `hash` of a file, read once a process."""
-    hashes: Words = read_batch(Store.at(uri), 0)["hash"].to_numpy()
+def read_hashes(directory: str, name: str) -> Words:
+    """The column `hash` of a file in a directory or store, read once a process."""
+    hashes: Words = read_batch(Store.at(directory) / name, 0)["hash"].to_numpy()
     return hashes
 
 

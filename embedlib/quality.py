@@ -24,7 +24,6 @@ from embedlib.characters import (
     Characters,
 )
 from embedlib.config import Config
-from embedlib.schemas import UNKNOWN_LANGUAGE
 
 Marks = npt.NDArray[np.bool_]
 
@@ -61,6 +60,12 @@ REASONS = (
 )
 """Why a text is not to stay; the first is none."""
 
+_LATIN_CODES = (
+    "af br bs ca ceb co cs cy da de en eo es et eu fi fil fo fr fy ga gd gl gn ha haw hr ht hu id ig is it jv la lb lt"
+    " lv mg mi ms mt nl no oc pl pt qu rm ro rw sk sl sm sn so sq st su sv sw tl tn tr vi wo xh yo zu"
+)
+LATIN = frozenset(_LATIN_CODES.split(" "))
+"""Languages of Latin letters; of those that are neither here nor below, letters of any script are taken."""
 SCRIPTS = {
     **dict.fromkeys(("ru", "uk", "bg", "mk", "be", "kk", "ky", "mn", "tg"), ("Cyrillic",)),
     **dict.fromkeys(("ar", "fa", "ur", "ps", "ckb", "ug"), ("Arabic",)),
@@ -223,6 +228,6 @@ def _scripts_match(characters: Characters, letters: npt.NDArray[np.int64], langs
         is_native[number, [KIND_OF_SCRIPT[script] for script in SCRIPTS.get(lang, ("Latin",))]] = True
     weights = np.array([WEIGHTS.get(lang, 1) for lang in names])[numbers]
     native = characters.sums(is_native[np.repeat(numbers, characters.lengths), characters.kinds])
-    unknown = np.asarray(pc.equal(langs, UNKNOWN_LANGUAGE))
+    unknown = np.array([lang not in SCRIPTS and lang not in LATIN for lang in names], np.bool_)[numbers]
     matches: Marks = unknown | ((native > 0) & (native * weights >= letters - native))
     return matches

@@ -175,11 +175,11 @@ def read_rows(file: Store, source: SourceConfig, max_line_bytes: int) -> Iterato
 def _without_nul(row: RawRow) -> RawRow:
     """The row, or, where a text of it holds what no text does, why it is none."""
     if row.reason is None:
-        for text in (row.text, row.right):
-            if text is not None and "\0" in text:
-                return Broken("NUL", text.encode(errors="replace")).row
-            if text is not None and any("\ud800" <= character <= "\udfff" for character in text):
-                return Broken("invalid UTF-8", text.encode("utf-8", "replace")).row
+        for value in filter(None, row):
+            if "\0" in value:
+                return Broken("NUL", (row.text or value).encode(errors="replace")).row
+            if any("\ud800" <= character <= "\udfff" for character in value):
+                return Broken("invalid UTF-8", (row.text or value).encode(errors="replace")).row
     return row
 
 
@@ -226,10 +226,13 @@ def as_utf8(chunks: Iterator[bytes | Broken], encoding: str) -> Iterator[bytes |
         yield from chunks
         return
     decoder = codecs.getincrementaldecoder(name)("surrogateescape")
-    yield decoder.decode(first[len(mark) :]).encode(errors="surrogateescape")
-    for chunk in chunks:
-        yield chunk if isinstance(chunk, Broken) else decoder.decode(chunk).encode(errors="surrogateescape")
-    yield decoder.decode(b"", final=True).encode(errors="surrogateescape")
+    try:
+        yield decoder.decode(first[len(mark) :]).encode(errors="surrogateescape")
+        for chunk in chunks:
+            yield chunk if isinstance(chunk, Broken) else decoder.decode(chunk).encode(errors="surrogateescape")
+        yield decoder.decode(b"", final=True).encode(errors="surrogateescape")
+    except UnicodeError as error:  # of UTF-16 and UTF-32, where no byte can stay what it is
+        yield Broken(f"invalid {name}: {error}"[:EXCERPT_CHARACTERS])
 
 
 def lines_of(file: Store, encoding: str, max_bytes: int) -> Iterator[bytes | Broken]:
@@ -335,7 +338,9 @@ def _csv_rows(file: Store, source: SourceConfig, max_bytes: int) -> Iterator[Raw
                 yield line.decode(errors="surrogateescape") + "\n"
 
     csv.field_size_limit(min(max_bytes, sys.maxsize))
-    reader = csv.reader(lines(), delimiter="\t" if source.format_of(file) == "tsv" else ",")
+    # In TSV a quote is a letter like any other: sentences begin with one.
+    tabs: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    reader = csv.reader(lines(), **tabs if source.format_of(file) == "tsv" else {})
     names: list[str] | None = None
     while True:
         try:
@@ -504,6 +509,13 @@ def read_raw(parquet: pq.ParquetFile, source: SourceConfig, groups: list[int], i
         elif not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             problem = problem or f"column {wanted[name]!r} is {kind}"
             del columns[name]
+    for name in ("lang", "right_lang", "group"):
+        if name in columns and pa.types.is_nested(kind := columns[name].type):
+            problem = problem or f"column {wanted[name]!r} is {kind}"
+            del columns[name]
+    if "group" in columns and pa.types.is_integer(columns["group"].type):
+        # What a corpus of our own says where no translation is known.
+        columns["group"] = pc.if_else(pc.equal(columns["group"], -1), None, columns["group"])
     fixed = {"lang": source.lang, "right_lang": source.right_lang}
     columns |= {name: pa.array([lang] * len(table)) for name, lang in fixed.items() if lang}
     return _checked(columns, len(table), problem)

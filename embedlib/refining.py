@@ -1,14 +1,14 @@
 """Raw rows to clean ones, hashed and told apart: every row that does not stay has a reason, and all are counted."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from embedlib.config import Config
 from embedlib.hashing import Hashes, Words, hash_pairs, hash_texts, loose_keys
@@ -62,6 +62,11 @@ class RefineConfig(Config):
     seed: int = 0
     """Another one shuffles, splits and samples in another way."""
 
+    @field_validator("languages")
+    @classmethod
+    def _without_regions(cls, languages: list[str]) -> list[str]:
+        return [canonical(language) for language in languages]
+
 
 class Unreadable(NamedTuple):
     """A row that is none."""
@@ -96,8 +101,9 @@ class _Texts(NamedTuple):
     """Why each is dropped, (texts,); KEPT where it is not."""
 
 
-def evaluation_hashes(texts: Iterable[str]) -> Words:
-    """What texts of evaluation sets are recognised by, sorted."""
+def evaluation_hashes(texts: Sequence[str], split: bool = False) -> Words:
+    """What texts of evaluation sets, and with `split` each of their sentences, are recognised by, sorted."""
+    texts = [*texts, *split_sentences(texts)[0]] if split else texts
     clean = normalise(pa.array(texts, pa.large_string()))
     return np.unique(hash_texts(loose_keys(clean), 0).high)
 
@@ -221,6 +227,8 @@ def _refine_pairs(columns: dict[str, pa.Array], config: RefineConfig, source: in
 def _look_at(texts: pa.Array, langs: pa.Array, config: RefineConfig, evaluation: Words) -> _Texts:
     """Clean and hash texts, settle their languages and find why some are to be dropped."""
     texts = normalise(texts.cast(pa.large_string()), config.repair)
+    # Before anything is masked, which in the evaluation files it is not.
+    loose = loose_keys(texts) if len(evaluation) else None
     if config.mask_personal:
         texts = mask_personal(texts)
     langs, differs = _languages(texts, langs, config)
@@ -228,10 +236,9 @@ def _look_at(texts: pa.Array, langs: pa.Array, config: RefineConfig, evaluation:
     _mark(drop, differs, "another language")
     if config.languages:
         _mark(drop, ~np.asarray(pc.is_in(langs, pa.array(config.languages))), "language not asked for")
-    loose = loose_keys(texts) if config.key == "loose" or len(evaluation) else texts
-    if len(evaluation):
+    if loose is not None:
         _mark(drop, np.isin(hash_texts(loose, 0).high, evaluation), "in evaluation data")
-    keys = loose if config.key == "loose" else texts
+    keys = loose_keys(texts) if config.key == "loose" else texts
     return _Texts(texts, langs, hash_texts(keys, config.seed), drop)
 
 

@@ -79,7 +79,8 @@ class BuildConfig(RefineConfig):
     extends: str | None = None
     """An earlier corpus of the same seed, key and shares: none of its rows comes again, and ids go on from it."""
     near_duplicates: float | None = Field(default=None, gt=0, lt=1)
-    """Overlap of five-character pieces (Jaccard) above which two texts are too much alike; none: they must be equal."""
+    """Overlap of five-character pieces (Jaccard) about which two rows begin to be too much alike: most pairs above it
+    are found, few below; none: they must be equal."""
     balance: BalanceConfig = BalanceConfig()
     """How many rows of each language stay."""
     validation_share: float = Field(default=0.005, ge=0, lt=0.5)
@@ -274,12 +275,14 @@ def converted(
     waiting = [number for number, file in enumerate(targets) if file is not files.found[number] and not file.exists()]
     run_numbered(build, "convert", convert_file, waiting, len(targets))
     parts = plan_parts(files, config.rows_per_part)
+    if not parts:
+        raise DataError(f"sources: none of {len(targets)} files has a row")
     rows = sum(part.num_rows for part in parts)
     num_partitions = earlier.measurements["partitions"] if earlier else max(1, -(-rows // config.rows_per_partition))
     evaluation = output / WORK / "evaluation.arrow"
     if not evaluation.exists():
         texts = (text for path in config.evaluation for text in strings_of(Store.at(path)))
-        hashes = evaluation_hashes(list(texts))
+        hashes = evaluation_hashes(list(texts), config.split_sentences)
         write_batches(evaluation, [pa.table({"hash": hashes})], {})
     return build._replace(parts=parts, num_partitions=num_partitions)
 
@@ -290,12 +293,26 @@ def strings_of(file: Store) -> Iterator[str]:
         parquet = pq.ParquetFile(file.path, filesystem=file.filesystem)
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"evaluation: {file}: not a readable Parquet file: {error}") from error
-    names = [field.name for field in parquet.schema_arrow if field.type in (pa.string(), pa.large_string())]
+    names = [field.name for field in parquet.schema_arrow if is_text(field.type)]
     if not names:
         raise DataError(f"evaluation: {file}: no column of strings; it has {parquet.schema_arrow.names}")
     for batch in parquet.iter_batches(columns=names):
-        for column in batch.columns:
+        for column in map(flattened, batch.columns):
             yield from (text for text in column.to_pylist() if text)
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column holds texts, or lists of them."""
+    while pa.types.is_dictionary(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def flattened(column: pa.Array) -> pa.Array:
+    """All texts of such a column."""
+    while not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        column = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column.flatten()
+    return column
 
 
 def plan_parts(files: Files, rows_per_part: int) -> list[Part]:
@@ -382,7 +399,7 @@ def refine_part(build: Build, number: int) -> int:
     """Clean the rows of one part and write those that stay, each to its partition."""
     config = BuildConfig.model_validate(build.config)
     part = build.parts[number]
-    evaluation = read_hashes(f"{config.output}/{WORK}/evaluation.arrow")
+    evaluation = read_hashes(config.output, f"{WORK}/evaluation.arrow")
     if part.problem:
         refined = refine(RAW.empty_table(), config.refining, part.source, evaluation)
         refined.unreadable.append(Unreadable(0, part.problem.partition(":")[0], part.problem[:200]))
@@ -472,7 +489,9 @@ def sign_partition(build: Build, number: int) -> int:
     """Write the bands of each text's signature, each to its partition."""
     config = BuildConfig.model_validate(build.config)
     rows = settled_rows(build.work / "distinct", number)
-    texts = rows["text"].combine_chunks()
+    # Of a row of two texts both: a text with another translation is another pair.
+    space = pa.scalar(" ", pa.large_string())
+    texts = pc.binary_join_element_wise(rows["text"], pc.fill_null(rows["right"], ""), space).combine_chunks()
     bands = band_hashes(texts, config.near_duplicates or 0.0, config.seed)
     entries = pa.table({"high": bands.reshape(-1), "row": np.repeat(rows["high"].to_numpy(), bands.shape[1])})
     write_batches(build.work / "bands" / part_name(number, ARROW), partitioned(entries, build.num_partitions), {})
@@ -646,8 +665,7 @@ def finish(
         kind=config.product,
         fingerprint=mark,
         parents=parents,
-        # As stores name themselves: a URI may hold a secret.
-        config=config.model_dump(mode="json") | {"output": str(build.output)},
+        config=config.model_dump(mode="json") | shown_paths(config),
         measurements=measurements,
         contents={
             str(Path(file.path).relative_to(build.output.path)): hashlib.sha256(file.read()).hexdigest()
@@ -658,6 +676,15 @@ def finish(
     (build.output / MANIFEST_NAME).write(manifest.model_dump_json(indent=2).encode())
     build.output.filesystem.delete_dir(build.work.path)
     return manifest
+
+
+def shown_paths(config: BuildConfig) -> dict[str, Any]:
+    """Where everything lies as stores name themselves: a URI may hold a secret."""
+    sources = [source.model_dump(mode="json") for source in config.sources]
+    for source in sources:
+        source |= {key: str(Store.at(source[key])) for key in ("path", "translations") if source[key]}
+    shown = {key: str(Store.at(path)) for key in ("output", "extends") if (path := getattr(config, key))}
+    return shown | {"sources": sources, "evaluation": [str(Store.at(path)) for path in config.evaluation]}
 
 
 def located(source: SourceConfig, config: BuildConfig) -> SourceConfig:

@@ -58,6 +58,8 @@ def test_normalising_twice_changes_nothing_more(texts: list[str]) -> None:
         ("Copyright 2020 by the authors of it", "en", "boilerplate"),
         ("Это предложение по-русски", "de", "wrong script"),
         ("Das ist Deutsch und sonst nichts", "ru", "wrong script"),
+        ("ଏହା ଏକ ଭଲ ବାକ୍ୟ ଅଟେ", "or", ""),
+        ("Бу татар телендә җөмлә", "tt", ""),
         ("Das ist Deutsch und sonst nichts", "und", ""),
         ("GitHub 계정을 연결하세요", "ko", ""),
         ("The symbol α means an angle", "en", ""),

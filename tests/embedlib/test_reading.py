@@ -160,6 +160,23 @@ def test_csv_and_tsv(tmp_path: Path) -> None:
     assert rows(tmp_path / "b.tsv")[0].text == "one"
 
 
+def test_a_quote_in_tsv_is_a_letter(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text('text\tlang\n"Well, she said\ten\nThe end.\ten\n')
+    assert [(row.text, row.lang) for row in rows(tmp_path / "a.tsv")] == [('"Well, she said', "en"), ("The end.", "en")]
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfeo\x00k\x00\n\x00x", b"\xff\xfeo\x00k\x00\n\x00\x00\xd8a\x00\n\x00"])
+def test_utf_16_that_is_cut_or_broken_is_told(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.txt").write_bytes(content)
+    found = rows(tmp_path / "a.txt")
+    assert (found[-1].reason or "").startswith("invalid utf-16")
+
+
+def test_a_language_that_is_no_text_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes("text,lang\nA fine line.,fran\xe7ais\n".encode("latin-1"))
+    assert [row.reason for row in rows(tmp_path / "a.csv")] == ["invalid UTF-8"]
+
+
 def test_an_open_quote_does_not_swallow_the_file(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text('text\nfine\n"never closed\n' + "line\n" * 100)
@@ -268,3 +285,16 @@ def test_parquet_of_another_schema_is_told_row_by_row(odd_parquet: pq.ParquetFil
     assert missing["reason"].to_pylist() == ["no column 'title'"] * 5
     numbers = read_raw(odd_parquet, SourceConfig(name="s", path="x", right="n"), [0], is_converted=False)
     assert set(numbers["reason"].to_pylist()) == {"column 'n' is int64"}
+
+
+def test_columns_beside_the_text_may_be_of_another_kind(tmp_path: Path) -> None:
+    table = pa.table({"text": ["one", "two"], "lang": [["en"], ["de"]], "group": [-1, 7]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    file = pq.ParquetFile(tmp_path / "a.parquet")
+    source = SourceConfig(name="s", path="a.parquet", group="group")
+    assert (
+        read_raw(file, source, [0], is_converted=False)["reason"].to_pylist()
+        == ["column 'lang' is list<element: string>"] * 2
+    )
+    fine = read_raw(file, source.model_copy(update={"lang_column": "none"}), [0], is_converted=False)
+    assert fine["group"].to_pylist() == [None, "7"]

@@ -55,6 +55,18 @@ def test_evaluation_texts_are_found_in_other_clothes() -> None:
     assert found.tally == {("en", "in evaluation data"): 1, ("de", "in evaluation data"): 1, ("en", KEPT): 1}
 
 
+def test_evaluation_texts_are_found_before_they_are_masked_or_cut() -> None:
+    called, two = "Please call me at +49 30 1234567 tomorrow morning.", f"{EN} {OTHER}"
+    masked = run([RawRow(called, "en")], evaluation_hashes([called]), mask_personal=True)
+    assert masked.tally == {("en", "in evaluation data"): 1}
+    cut = run([RawRow(two, "en")], evaluation_hashes([two], split=True), split_sentences=True)
+    assert cut.tally == {("en", "in evaluation data"): 2}
+
+
+def test_languages_may_be_asked_for_with_their_region() -> None:
+    assert RefineConfig(languages=["pt_BR", "zh-CN", "nb"]).languages == ["pt", "zh", "no"]
+
+
 def test_languages_are_identified_as_asked() -> None:
     rows = [RawRow(EN, None), RawRow(DE, "en"), RawRow(OTHER, "xx")]
     langs = {

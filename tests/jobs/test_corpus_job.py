@@ -288,6 +288,26 @@ def test_near_duplicates_leave_one_of_each(tmp_path: Path, without_ray: Callable
     assert len(kept) == manifest.measurements["kept"]
 
 
+def test_translations_of_one_text_are_no_near_duplicates(tmp_path: Path, without_ray: Callable[..., None]) -> None:
+    pairs = [{"text": sentence(1), "right": sentence(number), "right_lang": "de"} for number in (20, 33, 47)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    source = {"name": "a", "path": str(tmp_path / "a.jsonl"), "lang": "en", "right": "right"}
+    values = {"sources": [source], "evaluation": [], "near_duplicates": 0.95, "product": "pairs", "identify": "never"}
+    manifest = build_corpus(config_for(tmp_path, tmp_path / "out", **values))
+    assert manifest.measurements["kept"] == 3
+
+
+def test_evaluation_texts_may_lie_in_lists(tmp_path: Path, without_ray: Callable[..., None]) -> None:
+    (tmp_path / "a.txt").write_text("\n".join(sentence(number) for number in range(30)))
+    table = pa.table({"query": [sentence(1)], "positive": [[sentence(2), sentence(3)]]})
+    pq.write_table(table.set_column(0, "query", table["query"].dictionary_encode()), tmp_path / "e.parquet")
+    source = {"name": "a", "path": str(tmp_path / "a.txt"), "lang": "en"}
+    manifest = build_corpus(
+        config_for(tmp_path, tmp_path / "out", sources=[source], evaluation=[str(tmp_path / "e.parquet")])
+    )
+    assert manifest.measurements["reasons"] == {"in evaluation data": 3}
+
+
 def test_a_damaged_row_group_is_told_and_the_others_are_read(tmp_path: Path, without_ray: Callable[..., None]) -> None:
     path = tmp_path / "a.parquet"
     texts = [sentence(number) for number in range(200)]
@@ -325,6 +345,9 @@ def test_what_cannot_be_is_refused(raw: Path, tmp_path: Path, without_ray: Calla
         build_corpus(config_for(raw, tmp_path / "d", tokenizer="none"))
     with pytest.raises(DataError, match="not a readable Parquet file"):
         build_corpus(config_for(raw, tmp_path / "e", evaluation=[str(raw / "d.parquet")]))
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(DataError, match="none of 1 files has a row"):
+        build_corpus(config_for(raw, tmp_path / "g", sources=[{"name": "e", "path": str(tmp_path / "empty.jsonl")}]))
     with pytest.raises(DataError, match="stays"):
         build_corpus(config_for(raw, tmp_path / "f", languages=["xx"]))
     with pytest.raises(ValidationError, match="'a' is the name of two"):
