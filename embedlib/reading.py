@@ -461,19 +461,20 @@ def _tmx_rows(file: Store, source: SourceConfig, max_bytes: int) -> Iterator[Raw
 
 
 def _unit_rows(unit: ElementTree.Element, source: SourceConfig) -> Iterator[RawRow]:
-    texts: dict[str, str] = {}
+    variants: list[tuple[str, str]] = []
     for variant in unit.iter("tuv"):
         lang = variant.get(XML_LANG) or variant.get("lang") or UNKNOWN_LANGUAGE
         segment = variant.find("seg")
         if segment is not None:
-            texts.setdefault(canonical(lang), "".join(segment.itertext()))
-    left = source.lang if source.lang in texts else next(iter(texts), None)
-    if left is None or len(texts) < 2:
-        yield Broken("translation unit of fewer than two languages", str(texts).encode()).row
+            variants.append((canonical(lang), "".join(segment.itertext())))
+    left = next((variant for variant in variants if variant[0] == source.lang), variants[0] if variants else None)
+    if left is None or len({lang for lang, _ in variants}) < 2:
+        yield Broken("translation unit of fewer than two languages", str(variants).encode()).row
         return
-    for lang, text in texts.items():
-        if lang != left and source.right_lang in (None, lang):
-            yield RawRow(texts[left], left, text, lang)
+    # One language may come twice, as pt-PT and pt-BR do.
+    for lang, text in variants:
+        if lang != left[0] and source.right_lang in (None, lang):
+            yield RawRow(left[1], left[0], text, lang)
 
 
 def convert(file: Store, source: SourceConfig, target: BinaryIO, max_line_bytes: int) -> None:

@@ -226,6 +226,15 @@ def test_tmx(tmp_path: Path) -> None:
     assert [row.reason for row in rows(path)] == [None, None, "no well-formed XML"]
 
 
+def test_a_language_may_come_twice_in_a_unit(tmp_path: Path) -> None:
+    variants = "".join(
+        f'<tuv xml:lang="{lang}"><seg>{text}</seg></tuv>'
+        for lang, text in (("en", "bus"), ("pt-PT", "autocarro"), ("pt-BR", "ônibus"))
+    )
+    (tmp_path / "a.tmx").write_text(f"<tmx><body><tu>{variants}</tu></body></tmx>")
+    assert [(row.right, row.right_lang) for row in rows(tmp_path / "a.tmx")] == [("autocarro", "pt"), ("ônibus", "pt")]
+
+
 def test_tmx_is_not_kept_in_memory(tmp_path: Path) -> None:
     path = tmp_path / "a.tmx"
     unit = '<tu><tuv xml:lang="en"><seg>{0} text</seg></tuv><tuv xml:lang="de"><seg>{0} Text</seg></tuv></tu>'
