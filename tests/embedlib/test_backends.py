@@ -18,7 +18,7 @@ from embedlib.backends import (
     require_runtime,
 )
 from embedlib.batching import TokenIds
-from embedlib.encoder import Encoder, TorchBackend
+from embedlib.encoder import Encoder, TorchBackend, fast_dtype
 from embedlib.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -53,7 +53,9 @@ def test_a_coarser_arithmetic_is_near(
     exact = load_encoder(tiny_encoder, "torch-float32", CPU, tmp_path)
     tokens = exact.tokenise(tiny_texts)
     found = measure(load_encoder(tiny_encoder, name, CPU, tmp_path), tokens, exact.encode_tokens(tokens)).agreement
-    assert 0.95 < found.mean_cosine < 1 - 1e-7
+    assert found.mean_cosine > 0.95
+    # Without hardware for it OpenVINO computes bfloat16 as float32.
+    assert found.mean_cosine < 1 - 1e-7 or (name == "openvino-bfloat16" and fast_dtype(CPU) == torch.float32)
 
 
 class Noisy:
