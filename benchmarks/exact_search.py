@@ -14,7 +14,6 @@ from statistics import median
 from typing import Any
 
 import faiss
-import faiss.contrib.torch_utils
 import numpy as np
 import numpy.typing as npt
 import torch
