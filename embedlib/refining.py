@@ -238,7 +238,9 @@ def _look_at(texts: pa.Array, langs: pa.Array, config: RefineConfig, evaluation:
         _mark(drop, ~np.asarray(pc.is_in(langs, pa.array(config.languages))), "language not asked for")
     if loose is not None:
         _mark(drop, np.isin(hash_texts(loose, 0).high, evaluation), "in evaluation data")
-    keys = loose_keys(texts) if config.key == "loose" else texts
+    keys = texts
+    if config.key == "loose":
+        keys = loose_keys(texts) if loose is None or config.mask_personal else loose
     return _Texts(texts, langs, hash_texts(keys, config.seed), drop)
 
 

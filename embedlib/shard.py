@@ -11,20 +11,22 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import faiss
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
-import torch
 
-from embedlib.brute_force import Vectors, brute_force, on_gpu
+from embedlib.brute_force import Vectors, brute_force
 from embedlib.errors import DataError
 from embedlib.index import Assignment, read_index, search_index
 from embedlib.schemas import vectors_of
 from embedlib.topk import NO_ROW, Hits, best
+
+if TYPE_CHECKING:
+    import torch
 
 ATTRIBUTES = ("rows", "keys", "documents", "langs")
 FILES = ("vectors", "positions", *ATTRIBUTES)
@@ -32,7 +34,6 @@ TEXTS_NAME, INDEX_NAME, JUDGE_NAME = "texts.arrow", "index.faiss", "judge.npy"
 # Rows beyond the ones asked for, since brute force and an index may order near-equal scores as they like.
 SLACK = 8
 RESCORED_BYTES = 16 << 20
-CPU = torch.device("cpu")
 
 
 class Chunk(NamedTuple):
@@ -61,12 +62,12 @@ class Shard(NamedTuple):
     faiss_index: faiss.Index | None
     judge: Vectors | None
     """(rows, another dim): what a second model made of the texts, where one was asked."""
-    resident: torch.Tensor | None
+    resident: "torch.Tensor | None"
     """(rows, dim) `vectors` on a GPU, which then searches them."""
 
     @classmethod
-    def open(cls, directory: Path, device: torch.device = CPU) -> Self:
-        """Memory-map what `build_shard` wrote; a GPU takes its vectors as well, if it has room for them."""
+    def open(cls, directory: Path, on_gpu: bool = False) -> Self:
+        """Memory-map what `build_shard` wrote; with `on_gpu` a GPU takes its vectors as well, if it has room."""
         arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in FILES}
         with pa.memory_map(str(directory / TEXTS_NAME)) as source:
             texts = pa.ipc.open_file(source).read_all()
@@ -76,7 +77,7 @@ class Shard(NamedTuple):
             texts=texts,
             faiss_index=read_index(index) if index.exists() else None,
             judge=np.load(judge, mmap_mode="r") if judge.exists() else None,
-            resident=on_gpu(arrays["vectors"], device),
+            resident=_resident(arrays["vectors"]) if on_gpu else None,
         )
 
     @property
@@ -136,6 +137,14 @@ class Shard(NamedTuple):
         scores = np.where(there, inner_products(queries, self.vectors, found), -np.inf).astype(np.float32)
         attributes = [np.asarray(getattr(self, name)[found]) for name in ATTRIBUTES]
         return Hits(scores, *attributes).masked(~there)
+
+
+def _resident(vectors: Vectors) -> "torch.Tensor | None":
+    import torch
+
+    from embedlib.gpu_search import on_gpu
+
+    return on_gpu(vectors, torch.device("cuda"))
 
 
 class VectorFile:

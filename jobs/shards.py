@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
-import torch
 from pydantic import Field
 
 from embedlib.artifact import MANIFEST_NAME, Manifest, read_manifest
@@ -136,7 +135,7 @@ class IndexShard:
                     self.plan.trained_index(),
                     (lambda: read_chunks(self.plan.judge[self.number], VECTORS)) if self.plan.judge else None,
                 )
-            self.opened = Shard.open(directory, torch.device("cuda" if ray.get_gpu_ids() else "cpu"))
+            self.opened = Shard.open(directory, on_gpu=bool(ray.get_gpu_ids()))
         return self.opened
 
     def num_rows(self) -> int:

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedlib import brute_force as module
-from embedlib.brute_force import brute_force, on_gpu
+from embedlib import gpu_search as module
+from embedlib.brute_force import brute_force
+from embedlib.gpu_search import on_gpu
 
 CPU = torch.device("cpu")
 

@@ -64,7 +64,7 @@ def test_gradients_are_those_of_padded_input(name: str, request: pytest.FixtureR
         gradients.append({key: value.grad for key, value in model.named_parameters() if value.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     for key, value in gradients[1].items():
-        torch.testing.assert_close(gradients[0][key], value, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(gradients[0][key], value, atol=5e-5, rtol=1e-4)
 
 
 def test_positions_follow_the_paddings_in_xlmr() -> None:
