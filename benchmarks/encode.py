@@ -27,8 +27,9 @@ from rich.table import Table
 from benchmarks.command import benchmark_parser, read_texts, write_result
 from benchmarks.machine import describe_machine, in_fresh_process, matmul_gflops
 from embedlib.backends import Agreement, BackendName, GateConfig, available_backends, load_encoder
-from embedlib.encoder import Encoder, Vectors, default_device, load_model
+from embedlib.encoder import Encoder, Vectors, default_device
 from embedlib.pretrained import EMBEDDED_TEACHER, pretrained_directory
+from embedlib.torch_model import load_model
 from embedlib.wheels import cache_directory
 
 PROMPT = "query"

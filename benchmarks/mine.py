@@ -33,13 +33,13 @@ from sentence_transformers.util import mine_hard_negatives
 from benchmarks.command import benchmark_parser, demo_lines, write_result
 from benchmarks.machine import describe_machine, in_fresh_process, watched_memory
 from embedlib.compress.layers import keep_layers
-from embedlib.encoder import body_of
 from embedlib.negatives import NegativeRule
 from embedlib.pairs import PairColumns
 from embedlib.pretrained import EMBEDDED_TEACHER, pretrained_directory
 from embedlib.schemas import vectors_of
 from embedlib.storage import Store
 from embedlib.topk import Hits, recall
+from embedlib.torch_model import body_of
 from jobs.mine import MineConfig, mine
 from jobs.runtime import connect
 from jobs.shards import (

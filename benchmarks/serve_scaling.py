@@ -14,6 +14,8 @@ import time
 import urllib.request
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -24,7 +26,8 @@ from benchmarks.serve import ROOT, Server, application, running
 HIGH_S, QUICK_HIGH_S = 40.0, 20.0
 CALM_S = 60.0
 DOWNSCALE_DELAY_S = 10.0
-UNDER_WAY, TEXTS = 64, 16
+UNDER_WAY, TEXTS = 32, 64
+NUM_TEXTS, SAMPLE_TEXTS = 2000, 500
 MAX_REPLICAS, TARGET_TOKENS = 2, 1024
 URL = "http://127.0.0.1:8000"
 
@@ -38,11 +41,18 @@ def main() -> None:
     high_s = QUICK_HIGH_S if options.quick else HIGH_S
     with tempfile.TemporaryDirectory() as folder:
         texts, config = Path(folder) / "texts.json", Path(folder) / "serve.yaml"
-        texts.write_text(json.dumps(read_texts(options.corpus, 2000)))
+        lines = read_texts(options.corpus, NUM_TEXTS + SAMPLE_TEXTS)
+        texts.write_text(json.dumps(lines[:NUM_TEXTS]))
+        sample = Path(folder) / "sample.parquet"
+        pq.write_table(pa.table({"text": lines[NUM_TEXTS:]}), sample)
         model = {"path": str(options.student.absolute()), "num_threads": 1, "max_replicas": MAX_REPLICAS}
         model |= {"target_tokens": TARGET_TOKENS, "downscale_delay_s": DOWNSCALE_DELAY_S}
         config.write_text(
-            yaml.safe_dump(application("serve.app:build_app", {"models": {"compressed": model}, "gateways": 1}))
+            yaml.safe_dump(
+                application(
+                    "serve.app:build_app", {"models": {"compressed": model}, "sample": str(sample), "gateways": 1}
+                )
+            )
         )
         command = [str(ROOT / "cluster" / "local.sh"), "serve", "run", str(config)]
         with running(Server("scaling", command, 8000, {}, "/ready")):

@@ -1,10 +1,13 @@
 """Group token sequences of unequal length so that little of a batch is padding."""
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 TokenIds = npt.NDArray[np.int32]
 NO_TEXT = -1
@@ -25,14 +28,22 @@ def token_budget_batches(lengths: npt.NDArray[np.int64], budget: int) -> Iterato
         start += rows
 
 
-def pad(sequences: Sequence[TokenIds], pad_id: int, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
-    """`input_ids` and `attention_mask`, both (batch, longest) int64, padded on the right."""
+def padded(sequences: Sequence[TokenIds], pad_id: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Token ids padded on the right, and the mask of what is none of the padding, both (batch, longest)."""
     longest = max(len(sequence) for sequence in sequences)
     input_ids = np.full((len(sequences), longest), pad_id, dtype=np.int64)
     mask = np.zeros((len(sequences), longest), dtype=np.int64)
     for row, sequence in enumerate(sequences):
         input_ids[row, : len(sequence)] = sequence
         mask[row, : len(sequence)] = 1
+    return input_ids, mask
+
+
+def pad(sequences: Sequence[TokenIds], pad_id: int, device: "torch.device | str" = "cpu") -> dict[str, "torch.Tensor"]:
+    """The same as `input_ids` and `attention_mask` on a device."""
+    import torch  # an exported model does without
+
+    input_ids, mask = padded(sequences, pad_id)
     return {
         "input_ids": torch.from_numpy(input_ids).to(device, non_blocking=True),
         "attention_mask": torch.from_numpy(mask).to(device, non_blocking=True),

@@ -26,9 +26,10 @@ from embedlib.compress.positions import extend_positions
 from embedlib.compress.tokenizer import fallback_texts, prune_tokenizer, read_pieces
 from embedlib.compress.vocab import ByteMethod, KeptVocabulary, VocabularyConfig, byte_rows, choose_pieces, remap_rows
 from embedlib.config import Config
-from embedlib.encoder import Encoder, body_of, with_prompts
+from embedlib.encoder import Encoder, with_prompts
 from embedlib.metrics import mean_cosine, similarity_spearman
 from embedlib.model_directory import copy_head, write_body, write_tokenizer
+from embedlib.torch_model import body_of
 
 BYTE_SEARCH_TEXTS, BYTE_PROBE_TEXTS = 20_000, 200
 

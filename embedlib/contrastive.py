@@ -23,9 +23,9 @@ from embedlib.distillation import (
     resolve_dtype,
     unwrapped,
 )
-from embedlib.encoder import SentenceVectors
 from embedlib.objective import Objective, ObjectiveConfig, Samples
 from embedlib.sampling import BatchPlan
+from embedlib.torch_model import SentenceVectors
 from embedlib.training import (
     Arithmetic,
     BatchLoss,

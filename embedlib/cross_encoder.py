@@ -3,12 +3,14 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from sentence_transformers import CrossEncoder
+
+if TYPE_CHECKING:
+    import torch
+    from sentence_transformers import CrossEncoder
 
 BATCH_PAIRS = 32
 
@@ -23,12 +25,14 @@ def is_cross_encoder(directory: Path) -> bool:
 class PairScorer:
     """A cross-encoder that scores many pairs."""
 
-    def __init__(self, model: CrossEncoder) -> None:
+    def __init__(self, model: "CrossEncoder") -> None:
         self.model = model
 
     @classmethod
-    def load(cls, directory: Path, device: torch.device) -> Self:
+    def load(cls, directory: Path, device: "torch.device") -> Self:
         """Load a directory of safetensors weights; no code of the directory is run."""
+        from sentence_transformers import CrossEncoder
+
         return cls(CrossEncoder(str(directory), device=str(device), trust_remote_code=False, local_files_only=True))
 
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> npt.NDArray[np.float32]:

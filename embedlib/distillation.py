@@ -20,9 +20,10 @@ from embedlib.batching import token_budget_batches
 from embedlib.collectives import all_reduce_sum, rank, world_size
 from embedlib.config import Config
 from embedlib.dataset import DistillationSet
-from embedlib.encoder import Encoder, SentenceVectors, body_of, fast_dtype
+from embedlib.encoder import Encoder, fast_dtype
 from embedlib.losses import LossConfig
 from embedlib.memory import keep_freed_memory
+from embedlib.torch_model import SentenceVectors, body_of
 from embedlib.training import (
     Batch,
     OptimizerConfig,
@@ -170,8 +171,8 @@ def measure_rates(teacher: Encoder, student: Path, texts: Sequence[str], config:
         vectors = teacher.encode_tokens(tokens, normalise=False).astype(np.float16)
         seconds.append(time.perf_counter() - start)
 
-    model = load_student(student, teacher.device)
-    dataset = DistillationSet.of(Encoder(model.model).tokenise(texts), vectors)
+    model = load_student(student, teacher.model.device)
+    dataset = DistillationSet.of(Encoder.of(model.model).tokenise(texts), vectors)
     config = config.model_copy(update={"batch_size": min(config.batch_size, len(texts))})
     state = new_state(model, len(dataset), config)
     state.total_steps = WARM_UP_STEPS + RATE_STEPS
@@ -213,13 +214,13 @@ def best_after_distilling(
     num_apart = max(1, len(texts) // 10)
     scores = []
     for directory in students:
-        model = load_student(directory, teacher.device)
-        tokens = Encoder(model.model).tokenise(texts)
+        model = load_student(directory, teacher.model.device)
+        tokens = Encoder.of(model.model).tokenise(texts)
         training = DistillationSet.of(tokens[num_apart:], vectors[num_apart:])
         apart = DistillationSet.of(tokens[:num_apart], vectors[:num_apart])
         state = new_state(model, len(training), config)
         state.total_steps = num_steps
         for _ in distil(state, training, config):
             pass
-        scores.append(validation_cosine(model, apart, resolve_dtype(config.dtype, teacher.device)))
+        scores.append(validation_cosine(model, apart, resolve_dtype(config.dtype, teacher.model.device)))
     return int(np.argmax(scores))

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from pydantic import Field
 
 from embedlib.backends import (
@@ -25,6 +24,9 @@ from embedlib.encoder import Encoder, fast_dtype, with_prompts
 from embedlib.errors import ConfigError
 from embedlib.model_directory import trained_dimensions
 from embedlib.quantization import NEEDS_RANGES, OutputDtype, calibrate, quantise, truncate
+
+if TYPE_CHECKING:
+    import torch
 
 GATE_TEXTS = 512
 
@@ -95,7 +97,7 @@ class TextEmbedder:
 
     @classmethod
     def load(
-        cls, directory: Path, config: EmbeddingConfig, prepared: Prepared, device: torch.device, cache: Path
+        cls, directory: Path, config: EmbeddingConfig, prepared: Prepared, device: "torch.device | str", cache: Path
     ) -> Self:
         """The embedder that `prepare` settled on."""
         return cls.of(load_encoder(directory, prepared.backend, device, cache), config, prepared)
@@ -168,7 +170,7 @@ class TextEmbedder:
 
 
 def prepare(
-    directory: Path, config: EmbeddingConfig, texts: Sequence[str], device: torch.device, cache: Path
+    directory: Path, config: EmbeddingConfig, texts: Sequence[str], device: "torch.device | str", cache: Path
 ) -> Prepared:
     """Choose the backend and calibrate on `texts`, a sample of what is to be embedded.
 

@@ -1,26 +1,29 @@
-"""Encoder: tokenise → token-budget batches → forward → pool → normalise."""
+"""Encoder: tokenise → token-budget batches → forward → pool → normalise.
+
+PyTorch, transformers and sentence-transformers, whose import takes most of a process' start, are imported where they
+compute the model; an exported model does without.
+"""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize
 from tokenizers import Tokenizer
-from torch import nn
-from transformers import PreTrainedModel
 
-from embedlib.artifact import require_model
 from embedlib.batching import TokenIds, token_budget_batches
 from embedlib.errors import ConfigError
 from embedlib.memory import keep_freed_memory
-from embedlib.packing import Features, collator
-from embedlib.threads import side_by_side
+from embedlib.threads import cores
+from embedlib.traits import Traits
+
+if TYPE_CHECKING:
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from transformers import PreTrainedModel
 
 # Texts whose lengths are sorted together: enough to fill batches of one length, few enough to stream.
 WINDOW = 8192
@@ -29,8 +32,6 @@ CPU_BATCH_TOKENS = 1536
 CUDA_BATCH_TOKENS = 65536
 # Fewer tokens than that are not worth a thread of their own.
 LEAST_BATCH_TOKENS = 256
-# Python has one interpreter lock: beyond so many threads they would rather wait for it than compute.
-MAX_THREADS = 8
 
 Vectors = npt.NDArray[np.float32]
 
@@ -48,29 +49,31 @@ class Backend(Protocol):
         """How many calls at once are worth making."""
         ...
 
-    def __call__(self, sequences: Sequence[TokenIds]) -> torch.Tensor:
-        """Pooled vectors (len(sequences), embedding_dim) before normalisation, of sequences sorted by length."""
+    def pooled(self, batches: Sequence[Sequence[TokenIds]]) -> Vectors:
+        """Vectors (sequences, embedding_dim) before normalisation, batch after batch, each sorted by length."""
         ...
 
 
-def fast_dtype(device: torch.device) -> torch.dtype:
+def device_type(device: "torch.device | str") -> str:
+    """Its kind: cpu, cuda."""
+    return str(device).partition(":")[0]
+
+
+def fast_dtype(device: "torch.device | str") -> "torch.dtype":
     """bfloat16 where the hardware multiplies it faster than float32, else float32."""
-    if device.type == "cuda":
+    import torch
+
+    if device_type(device) == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     capabilities = torch.cpu.get_capabilities()
     return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
 
 
-def default_device() -> torch.device:
+def default_device() -> "torch.device":
     """The CUDA device where there is one, else the CPU."""
+    import torch
+
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def body_of(model: SentenceTransformer) -> PreTrainedModel:
-    """The transformer body inside a sentence-transformers model."""
-    body = next(iter(model.children())).model
-    assert isinstance(body, PreTrainedModel)  # noqa: S101 (narrows the type)
-    return body
 
 
 def with_prompts(texts: Sequence[str], prefixes: Sequence[str], first: int = 0) -> list[str]:
@@ -82,82 +85,50 @@ def with_prompts(texts: Sequence[str], prefixes: Sequence[str], first: int = 0) 
     )
 
 
-def sentence_vectors(model: SentenceTransformer, features: Features) -> torch.Tensor:
-    """Pooled vectors (batch, embedding_dim) before normalisation, which is where distillation compares them."""
-    for module in model.children():
-        if not isinstance(module, Normalize):
-            features = module(features)
-    vectors: torch.Tensor = features["sentence_embedding"]
-    return vectors
-
-
-class SentenceVectors(nn.Module):
-    """A sentence-transformers model as a module from token ids to pooled vectors before normalisation, for training."""
-
-    def __init__(self, model: SentenceTransformer) -> None:
-        super().__init__()
-        self.model = model
-        self.collate = collator(model)
-
-    def forward(self, **features: Any) -> torch.Tensor:
-        """What `collate` makes of token sequences to vectors (batch, embedding_dim)."""
-        return sentence_vectors(self.model, features)
-
-
-class TorchBackend:
-    """The model as it is, in PyTorch, on packed sequences where its architecture allows that."""
-
-    def __init__(self, model: SentenceTransformer, dtype: torch.dtype) -> None:
-        self.model = model.eval().to(dtype)
-        self.collate = collator(model)
-        self.name = f"torch-{str(dtype).removeprefix('torch.')}"
-        self.max_threads = MAX_THREADS if model.device.type == "cpu" else 1
-
-    @torch.inference_mode()
-    def __call__(self, sequences: Sequence[TokenIds]) -> torch.Tensor:
-        """Pooled vectors (len(sequences), embedding_dim) before normalisation."""
-        return sentence_vectors(self.model, self.collate(sequences))
-
-
 class Encoder:
     """A sentence-transformers model that encodes many texts with little padding, on one device."""
 
-    def __init__(
-        self, model: SentenceTransformer, dtype: torch.dtype = torch.float32, backend: Backend | None = None
-    ) -> None:
-        """`backend` computes in the model's stead, which then gives tokenizer, prompts and head alone."""
-        self.model = model
-        self.device = model.device
-        if self.device.type == "cpu":
+    def __init__(self, tokenizer: Tokenizer, traits: Traits, backend: Backend, device: "torch.device | str") -> None:
+        """`tokenizer` is the encoder's own from here on."""
+        self.on_gpu, self.backend, self.tokenizer = device_type(device) == "cuda", backend, tokenizer
+        if not self.on_gpu:
             keep_freed_memory()
-        self.backend = backend or TorchBackend(model, dtype)
-        self.max_seq_length = int(model.max_seq_length or 512)
-        self.embedding_dim = int(model.get_embedding_dimension() or 0)
-        self.normalises = any(isinstance(module, Normalize) for module in model.children())
-        self.batch_tokens = CUDA_BATCH_TOKENS if self.device.type == "cuda" else CPU_BATCH_TOKENS
-        if not hasattr(model.tokenizer, "backend_tokenizer"):
-            raise ConfigError(f"model: its tokenizer is a {type(model.tokenizer).__name__}; expected a fast tokenizer")
-        # A copy: truncation is a state of the tokenizer, and the model keeps its own.
-        self.tokenizer = Tokenizer.from_str(model.tokenizer.backend_tokenizer.to_str())
+        self.prompts, self.unknown_token_id = traits.prompts, traits.unknown_token_id
+        self.embedding_dim, self.max_seq_length = traits.embedding_dim, traits.max_seq_length
+        self.num_parameters, self.normalises = traits.num_parameters, traits.normalises
+        self.batch_tokens = CUDA_BATCH_TOKENS if self.on_gpu else CPU_BATCH_TOKENS
         self.tokenizer.no_padding()
-        self.tokenizer.encode_special_tokens = bool(model.tokenizer.split_special_tokens)
+        self.tokenizer.encode_special_tokens = traits.splits_special_tokens
         self.tokenizer.enable_truncation(self.max_seq_length)
 
     @classmethod
-    def load(cls, directory: Path, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
+    def of(cls, model: "SentenceTransformer", dtype: "torch.dtype | None" = None) -> Self:
+        """An encoder that computes `model`, on its device, in PyTorch; `dtype` defaults to float32."""
+        from embedlib.torch_model import TorchBackend, tokenizer_of, traits_of
+
+        return cls(tokenizer_of(model), traits_of(model), TorchBackend(model, dtype), model.device)
+
+    @classmethod
+    def load(
+        cls, directory: Path, device: "torch.device | str | None" = None, dtype: "torch.dtype | None" = None
+    ) -> Self:
         """Load a sentence-transformers directory of safetensors weights; `dtype` defaults to the fast one."""
+        from embedlib.torch_model import load_model
+
         device = device or default_device()
-        return cls(load_model(directory, device), dtype or fast_dtype(device))
+        return cls.of(load_model(directory, device), dtype or fast_dtype(device))
 
     @property
-    def body(self) -> PreTrainedModel:
-        """The transformer body."""
+    def model(self) -> "SentenceTransformer":
+        """The model that PyTorch computes; other backends have none."""
+        return self.backend.model  # type: ignore[attr-defined,no-any-return]
+
+    @property
+    def body(self) -> "PreTrainedModel":
+        """Its transformer body."""
+        from embedlib.torch_model import body_of
+
         return body_of(self.model)
-
-    @property
-    def num_parameters(self) -> int:
-        """Number of weights of the body."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
 
     @cached_property
     def whole_texts(self) -> Tokenizer:
@@ -170,10 +141,9 @@ class Encoder:
         """The prefix called `name`; ConfigError where the model has no such prompt."""
         if name is None:
             return ""
-        prompts = self.model.prompts
-        if name not in prompts:
-            raise ConfigError(f"prompt {name!r}: this model has {sorted(prompts)}")
-        return str(prompts[name])
+        if name not in self.prompts:
+            raise ConfigError(f"prompt {name!r}: this model has {sorted(self.prompts)}")
+        return self.prompts[name]
 
     def tokenise(self, texts: Sequence[str], prompt_name: str | None = None) -> list[TokenIds]:
         """Token ids of each text with the prompt before it, cut at the model's length."""
@@ -196,7 +166,7 @@ class Encoder:
 
     def _tokenised_windows(self, texts: Sequence[str], prompt_name: str | None) -> Iterator[list[TokenIds]]:
         windows = [texts[start : start + WINDOW] for start in range(0, len(texts), WINDOW)]
-        if self.device.type == "cpu":
+        if not self.on_gpu:
             # Nothing would overlap: both want the same cores.
             yield from (self.tokenise(window, prompt_name) for window in windows)
             return
@@ -212,28 +182,13 @@ class Encoder:
         `normalise=False` gives them as pooled, before normalisation, True as unit vectors, None as the model does.
         """
         normalise = self.normalises if normalise is None else normalise
-        vectors = torch.empty((len(tokens), self.embedding_dim), pin_memory=self.device.type == "cuda")
+        if not tokens:
+            return np.empty((0, self.embedding_dim), np.float32)
         lengths = np.array([len(sequence) for sequence in tokens])
-        share = int(lengths.sum()) // min(self.backend.max_threads, torch.get_num_threads())
+        share = int(lengths.sum()) // min(self.backend.max_threads, cores())
         budget = min(self.batch_tokens, max(LEAST_BATCH_TOKENS, share))
         batches = list(token_budget_batches(lengths, budget))
-        starts = np.cumsum([0, *map(len, batches)])
-
-        def compute(number: int) -> None:
-            pooled = self.backend([tokens[row] for row in batches[number]]).float()
-            # Not awaited on a GPU: the next batch is put together while this one is computed and copied.
-            vectors[starts[number] : starts[number + 1]].copy_(
-                nn.functional.normalize(pooled, dim=-1) if normalise else pooled, non_blocking=True
-            )
-
-        side_by_side(compute, range(len(batches)), self.backend.max_threads)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        in_batches = np.concatenate([*batches, np.empty(0, np.int64)])
-        return np.asarray(vectors.numpy()[np.argsort(in_batches)])
-
-
-def load_model(directory: Path, device: torch.device) -> SentenceTransformer:
-    """The model of a sentence-transformers directory of safetensors weights; no code of the directory is run."""
-    require_model(directory)
-    return SentenceTransformer(str(directory), device=str(device), trust_remote_code=False, local_files_only=True)
+        pooled = self.backend.pooled([[tokens[row] for row in batch] for batch in batches])
+        if normalise:
+            pooled /= np.linalg.norm(pooled, axis=1, keepdims=True).clip(1e-12)
+        return np.asarray(pooled[np.argsort(np.concatenate(batches))])

@@ -8,7 +8,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import spearmanr
 
 from embedlib.errors import DataError
 
@@ -94,6 +93,8 @@ def _nearest(queries: Vectors, candidates: Vectors) -> npt.NDArray[np.intp]:
 def _spearman(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float:
     if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
         raise DataError(f"Spearman correlation of {len(a)} values: undefined; expected at least two that differ")
+    from scipy.stats import spearmanr  # two seconds of every replica's start
+
     return float(spearmanr(a, b).statistic)
 
 

@@ -5,10 +5,12 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PROMPTS_NAME = "config_sentence_transformers.json"
 SPECIAL_TOKENS = {
@@ -21,7 +23,7 @@ SPECIAL_TOKENS = {
 }
 
 
-def write_body(directory: Path, body: PreTrainedModel) -> None:
+def write_body(directory: Path, body: "PreTrainedModel") -> None:
     """Write weights and config; a body without pooler says so, so that loading it does not invent one."""
     with disk_errors(directory):
         body.save_pretrained(directory)

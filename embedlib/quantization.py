@@ -4,7 +4,6 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from sentence_transformers.util import quantize_embeddings
 
 from embedlib.errors import ConfigError, DataError
 
@@ -40,6 +39,8 @@ def quantise(vectors: Vectors, dtype: OutputDtype, ranges: Ranges | None = None)
         raise ConfigError(f"output_dtype: {dtype} of {vectors.shape[1]} dimensions; expected a multiple of 8")
     if dtype in NEEDS_RANGES and ranges is None:
         raise ConfigError(f"output_dtype: {dtype}; expected calibration ranges")
+    from sentence_transformers.util import quantize_embeddings  # its import takes longer than a process' start
+
     precision: Any = dtype
     return np.asarray(quantize_embeddings(vectors, precision, ranges=ranges))
 

@@ -7,12 +7,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from prometheus_client import Metric
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
-from embedlib.encoder import MAX_THREADS, default_device
+from embedlib.threads import MAX_THREADS, use_cores
 from serve.autoscaling import BUSY, QUEUED_TOKENS, QueuedTokens
 from serve.calls import Answer, Call, Description, Refusal
 from serve.model import ModelConfig, ModelServer
@@ -31,8 +30,8 @@ class ModelReplica:
 
     async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc] # as Ray Serve has it
         self.config = ModelConfig.model_validate(config)
-        torch.set_num_threads(num_threads(self.config))
-        device = default_device() if self.config.num_gpus else torch.device("cpu")
+        use_cores(num_threads(self.config))
+        device = "cuda" if self.config.num_gpus else "cpu"
         self.server = await asyncio.to_thread(ModelServer.load, self.config, device)
         self.running = asyncio.create_task(self.server.run())
         self.reported = time.monotonic(), 0.0

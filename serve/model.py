@@ -12,12 +12,12 @@ from contextlib import suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from platform import processor
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
-import torch
 from prometheus_client import CollectorRegistry, Metric
 from pydantic import Field, ValidationError
 
@@ -32,6 +32,7 @@ from embedlib.model_directory import trained_dimensions
 from embedlib.pretrained import pretrained_directory
 from embedlib.quantization import NEEDS_RANGES, quantise, truncate
 from embedlib.storage import Store
+from embedlib.threads import cores
 from embedlib.wheels import cache_directory
 from serve.batcher import Batch, Batcher, BatcherConfig, OverloadedError, TooManyTokensError
 from serve.calls import Answer, Call, Description, Refusal, prompt_for
@@ -98,7 +99,7 @@ class ModelServer:
         self._tokenisers = ThreadPoolExecutor(TOKENISER_THREADS, thread_name_prefix="tokenise")
 
     @classmethod
-    def load(cls, config: ModelConfig, device: torch.device) -> Self:
+    def load(cls, config: ModelConfig, device: str) -> Self:
         """Load the model of `config.path`, choose its backend and calibrate; ConfigError where that cannot be done."""
         directory = pretrained_directory(config.path)
         mark = model_fingerprint(directory)
@@ -151,7 +152,7 @@ class ModelServer:
             self.encoder.num_parameters,
             self.fingerprint,
             self.encoder.backend.name,
-            sorted(self.encoder.model.prompts),
+            sorted(self.encoder.prompts),
             self.retention,
         )
 
@@ -186,7 +187,7 @@ class ModelServer:
         return await loop.run_in_executor(self._tokenisers, self._tokens_of, texts, call)
 
     def _tokens_of(self, texts: Sequence[str], call: Call) -> list[TokenIds]:
-        prompt = call.prompt or prompt_for(call.input_type, self.encoder.model.prompts)
+        prompt = call.prompt or prompt_for(call.input_type, self.encoder.prompts)
         if not call.truncate:
             self._refuse_long(texts, self.encoder.prompt(prompt))
         return self.encoder.tokenise(texts, prompt)
@@ -238,12 +239,10 @@ def read_sample(path: Path) -> list[str]:
     return [text for text in texts[:SAMPLE_TEXTS] if text and text.strip()]
 
 
-def prepared_once(
-    directory: Path, model: str, wanted: EmbeddingConfig, texts: Sequence[str], device: torch.device
-) -> Prepared:
+def prepared_once(directory: Path, model: str, wanted: EmbeddingConfig, texts: Sequence[str], device: str) -> Prepared:
     """What `prepare` settles, kept in the cache of this machine: a replica that starts under load need not measure."""
     versions = [version(name) for name in ("embedlib", "torch", "openvino", "onnxruntime") if find_spec(name)]
-    machine = [str(device), torch.get_num_threads(), dict(torch.cpu.get_capabilities()), versions]
+    machine = [device, cores(), cpu_features(), versions]
     mark = fingerprint(model=model, wanted=wanted.model_dump(mode="json"), texts=list(texts), machine=machine)
     store = Store.at(str(cache_directory() / "prepared" / f"{mark[:16]}.json"))
     with suppress(ValidationError):  # of another version
@@ -252,6 +251,13 @@ def prepared_once(
     prepared = prepare(directory, wanted, texts, device, cache_directory())
     store.write_json(prepared.model_dump())
     return prepared
+
+
+def cpu_features() -> str:
+    """What the CPUs of this machine can do, as far as the system tells."""
+    listing = Path("/proc/cpuinfo")
+    lines = listing.read_text().splitlines() if listing.is_file() else []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), processor())
 
 
 def read_ranges(directory: Path, fingerprint: str) -> list[list[float]]:

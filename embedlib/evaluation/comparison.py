@@ -82,12 +82,12 @@ def bitext_by_language(vectors: Vectors, held_out: HeldOut) -> dict[str, float]:
 
 def symmetric_prompt(encoder: Encoder) -> str | None:
     """The prompt for both sides of a symmetric task: `query` where the model has it."""
-    return "query" if "query" in encoder.model.prompts else None
+    return "query" if "query" in encoder.prompts else None
 
 
 def unknown_rate(encoder: Encoder, texts: Sequence[str]) -> float:
     """Share of tokens that are unknown, over `texts` and every assigned code point of Unicode on its own."""
-    unknown = encoder.model.tokenizer.unk_token_id
+    unknown = encoder.unknown_token_id
     assigned = [chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)) not in ("Cn", "Cs")]
     tokens = np.concatenate([ids for part in (list(texts), assigned) for ids in encoder.tokenise(part)])
     return float(np.mean(tokens == unknown))

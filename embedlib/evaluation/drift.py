@@ -120,7 +120,7 @@ def measure_fertility(encoder: Encoder, texts: Sequence[str], langs: Sequence[st
     # Uncut: words are counted over whole texts, too.
     tokens = [np.array(each.ids) for each in encoder.whole_texts.encode_batch_fast(list(texts))]
     special = len(encoder.whole_texts.encode("").ids)
-    unknown = encoder.model.tokenizer.unk_token_id
+    unknown = encoder.unknown_token_id
     counts: dict[str, tuple[int, int]] = {}
     for ids, text, lang in zip(tokens, texts, langs, strict=True):
         read, words = counts.get(lang, (0, 0))

@@ -1,6 +1,8 @@
 """The gate lets in what is near enough, "auto" takes the fastest of that; real runtimes where they are installed."""
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +20,9 @@ from embedlib.backends import (
     require_runtime,
 )
 from embedlib.batching import TokenIds
-from embedlib.encoder import Encoder, TorchBackend, fast_dtype
+from embedlib.encoder import Encoder, Vectors, fast_dtype
 from embedlib.errors import ConfigError
+from embedlib.torch_model import TorchBackend
 
 CPU = torch.device("cpu")
 MODELS = ["tiny_encoder", "tiny_xlmr"]
@@ -42,7 +45,7 @@ def test_an_exported_model_gives_the_same_vectors(
     for _ in range(2):  # exported, then from the cache
         encoder = load_encoder(directory, name, CPU, tmp_path)
         np.testing.assert_allclose(encoder.encode(tiny_texts, "query"), expected, atol=1e-4)
-    assert len(list((tmp_path / "backends").iterdir())) == 1
+    assert len(list((tmp_path / "exported").iterdir())) == 1
 
 
 @pytest.mark.parametrize("name", ["openvino-int8", "openvino-bfloat16", "onnx-int8"])
@@ -67,9 +70,9 @@ class Noisy:
         self.name, self.compute, self.noise = "noisy", encoder.backend, noise
         assert isinstance(self.compute, TorchBackend)
 
-    def __call__(self, sequences: list[TokenIds]) -> torch.Tensor:
-        vectors = self.compute(sequences)
-        return vectors + self.noise * torch.randn(vectors.shape, generator=torch.Generator().manual_seed(0))
+    def pooled(self, batches: list[list[TokenIds]]) -> Vectors:
+        vectors = self.compute.pooled(batches)
+        return vectors + self.noise * np.random.default_rng(0).normal(size=vectors.shape).astype(np.float32)
 
 
 def test_the_gate_decides(tiny_encoder: Path, tiny_texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +94,8 @@ def test_the_gate_decides(tiny_encoder: Path, tiny_texts: list[str], monkeypatch
     assert measured[chosen].agreement.mean_cosine > 0.999
     chosen, measured = choose_backend("auto", reference, texts, gate, load, names)  # type: ignore[arg-type]
     assert set(measured) == set(names)
-    assert chosen == max(names[:2], key=lambda name: measured[name].texts_per_s)
+    rates = [measured[name].texts_per_s for name in names[:2]]  # type: ignore[index]
+    assert chosen == names[rates[1] >= 0.9 * max(rates)]
 
 
 def test_a_runtime_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,3 +107,23 @@ def test_a_runtime_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(PACKAGES, "onnx", ("sys",))
     with pytest.raises(ConfigError, match="onnx-int8 runs on CPUs; this is cuda"):
         require_runtime("onnx-int8", torch.device("cuda"))
+
+
+def test_an_exported_model_is_served_without_what_trains_models(
+    tiny_encoder: Path, tiny_texts: list[str], tmp_path: Path
+) -> None:
+    """PyTorch and what stands on it are most of a process' start, and no replica waits for them."""
+    runtime_or_skip("openvino-float32")
+    expected = load_encoder(tiny_encoder, "openvino-float32", CPU, tmp_path).encode(tiny_texts, "query")
+    script = (
+        "import sys, numpy, serve.deployment\n"
+        "from pathlib import Path\n"
+        "from embedlib.backends import load_encoder\n"
+        f"encoder = load_encoder(Path({str(tiny_encoder)!r}), 'openvino-float32', 'cpu',"
+        f" Path({str(tmp_path)!r}))\n"
+        f"numpy.save({str(tmp_path / 'vectors.npy')!r}, encoder.encode({tiny_texts!r}, 'query'))\n"
+        "print({'torch', 'transformers', 'sentence_transformers', 'sklearn', 'scipy.stats'} & set(sys.modules))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+    np.testing.assert_array_equal(np.load(tmp_path / "vectors.npy"), expected)

@@ -24,8 +24,9 @@ from embedlib.distillation import (
     total_steps,
     validation_cosine,
 )
-from embedlib.encoder import Encoder, SentenceVectors
+from embedlib.encoder import Encoder
 from embedlib.losses import LossConfig
+from embedlib.torch_model import SentenceVectors
 from embedlib.training import OptimizerConfig, TrainState
 
 CPU = torch.device("cpu")
@@ -113,7 +114,7 @@ def test_a_run_cut_off_at_any_step_goes_on_bitwise(student: Path, dataset: Disti
 
 def test_validation_cosine_is_the_mean_over_all_samples(student: Path, dataset: DistillationSet) -> None:
     model = load_student(student, CPU)
-    encoder = Encoder(model.model)
+    encoder = Encoder.of(model.model)
     tokens, targets = dataset.samples(np.arange(len(dataset)))
     vectors = torch.from_numpy(encoder.encode_tokens(tokens, normalise=False))
     expected = float(functional.cosine_similarity(vectors, targets, dim=-1).mean())
@@ -134,7 +135,7 @@ def test_a_student_is_loaded_for_training(student: Path, tiny_texts: list[str]) 
     assert all(parameter.requires_grad and parameter.dtype == torch.float32 for parameter in model.parameters())
     assert not any(module.training for module in model.modules())
     expected = Encoder.load(student, CPU, torch.float32).encode(tiny_texts[::20])
-    np.testing.assert_allclose(Encoder(model.model).encode(tiny_texts[::20]), expected, atol=1e-6)
+    np.testing.assert_allclose(Encoder.of(model.model).encode(tiny_texts[::20]), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])

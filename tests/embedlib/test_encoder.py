@@ -8,8 +8,9 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from embedlib import encoder as encoder_module
-from embedlib.encoder import Encoder, SentenceVectors, with_prompts
+from embedlib.encoder import Encoder, with_prompts
 from embedlib.errors import ArtifactError, ConfigError
+from embedlib.torch_model import SentenceVectors
 
 MODELS = ["tiny_encoder", "tiny_xlmr"]
 

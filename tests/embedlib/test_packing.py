@@ -12,8 +12,8 @@ from sentence_transformers.sentence_transformer.modules import Dense, Pooling
 
 from embedlib import packing
 from embedlib.batching import TokenIds, pad
-from embedlib.encoder import SentenceVectors, body_of, sentence_vectors
 from embedlib.packing import attention_group, collator, grouped_lengths, pack, packed_architecture
+from embedlib.torch_model import SentenceVectors, body_of, sentence_vectors
 
 LENGTHS = (14, 9, 9, 9, 5, 5, 2, 1)
 PACKED_MODELS = ["tiny_encoder", "tiny_xlmr"]

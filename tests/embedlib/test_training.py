@@ -14,9 +14,9 @@ from torch import nn
 from embedlib import training
 from embedlib.batching import TokenIds, pad
 from embedlib.distillation import load_student
-from embedlib.encoder import SentenceVectors
 from embedlib.losses import LossConfig
 from embedlib.packing import Collate
+from embedlib.torch_model import SentenceVectors
 from embedlib.training import (
     Batch,
     OptimizerConfig,
