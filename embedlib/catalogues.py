@@ -1,11 +1,18 @@
-"""Catalogues of translated messages: compiled gettext files, and JSON."""
+"""Catalogues of translated texts: compiled gettext files, JSON, descriptions of Debian's packages, manuals in HTML."""
 
 import json
+import re
 import struct
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from html.parser import HTMLParser
+from os.path import commonpath
+from typing import Any, BinaryIO
 
+from embedlib.archives import members_of
 from embedlib.errors import DataError
+
+PARAGRAPHS = {"p", "li", "dt", "dd", "td", "th", "caption", "h1", "h2", "h3", "h4", "h5", "h6"}
+BULLET = re.compile(r"\s+[*\-+o•·]\s+")
 
 
 def read_gettext(content: bytes, path: str) -> dict[str, str]:
@@ -56,3 +63,77 @@ def _flatten(node: Any, prefix: str) -> Iterator[tuple[str, str]]:
     elif isinstance(node, dict):
         for key, child in node.items():
             yield from _flatten(child, f"{prefix}.{key}" if prefix else key)
+
+
+def read_descriptions(lines: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+    """Each description in an index of Debian's archive: the hash of its original, and title and paragraphs.
+
+    `lines` are those of a Translation-xx file. The items of a list are paragraphs, too.
+    """
+    mark, is_open = "", False
+    paragraphs: list[str] = []
+    for line in lines:
+        if not line.startswith(" "):
+            if paragraphs:
+                yield mark, paragraphs
+            name, _, value = line.partition(":")
+            if name == "Description-md5":
+                mark = value.strip()
+            paragraphs = [value.strip()] if name.startswith("Description-") and name != "Description-md5" else []
+            is_open = False
+        elif paragraphs and line.strip() == ".":
+            is_open = False
+        elif paragraphs:
+            bullet = BULLET.match(line)
+            if bullet or not is_open:
+                paragraphs.append(line[bullet.end() if bullet else 0 :].strip())
+            else:
+                paragraphs[-1] += " " + line.strip()
+            is_open = True
+    if paragraphs:
+        yield mark, paragraphs
+
+
+class Page(HTMLParser):
+    """The paragraphs of a page that have an id, and its language."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lang: str | None = None
+        self.paragraphs: dict[str, str] = {}
+        self.tag, self.id = "", ""
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        """Begin a paragraph."""
+        values = dict(attributes)
+        if tag == "html":
+            self.lang = values.get("lang")
+        if tag in PARAGRAPHS:
+            self.tag, self.id = tag, values.get("id") or ""
+            if self.id:
+                self.paragraphs[self.id] = ""
+
+    def handle_endtag(self, tag: str) -> None:
+        """End it."""
+        if tag == self.tag:
+            self.tag, self.id = "", ""
+
+    def handle_data(self, data: str) -> None:
+        """Text of it, whatever stands around it."""
+        if self.id:
+            self.paragraphs[self.id] += data
+
+
+def read_manual(archive: BinaryIO, name: str) -> Iterator[tuple[str, str | None, dict[str, str]]]:
+    """The pages of a manual in an archive: path below what all have in common, language, and texts by id.
+
+    Raises DataError where it is no archive.
+    """
+    pages = [(path, content) for path, content in members_of(archive, name) if path.endswith((".html", ".htm"))]
+    common = commonpath([path for path, _ in pages]) if len(pages) > 1 else ""
+    for path, content in sorted(pages):
+        page = Page()
+        page.feed(content.decode(errors="replace"))
+        page.close()
+        texts = {key: " ".join(text.split()) for key, text in page.paragraphs.items()}
+        yield path.removeprefix(common), page.lang, {key: text for key, text in texts.items() if text}

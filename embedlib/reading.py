@@ -6,13 +6,14 @@ bound and no further, however long it is.
 
 import codecs
 import csv
+import io
 import json
 import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator
 from glob import glob
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal, NamedTuple
 from xml.etree import ElementTree
@@ -23,14 +24,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
-from embedlib.catalogues import english_of_gettext_id, read_gettext, read_json
+from embedlib.catalogues import english_of_gettext_id, read_descriptions, read_gettext, read_json, read_manual
 from embedlib.config import Config
 from embedlib.errors import DataError
 from embedlib.languages import canonical
 from embedlib.schemas import UNKNOWN_LANGUAGE
 from embedlib.storage import Store
 
-Format = Literal["parquet", "jsonl", "csv", "tsv", "text", "moses", "po", "mo", "tmx", "messages"]
+Format = Literal[
+    "parquet", "jsonl", "csv", "tsv", "text", "moses", "po", "mo", "tmx", "messages", "descriptions", "manual"
+]
 FORMATS: dict[str, Format] = {
     ".parquet": "parquet",
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl"),
@@ -41,6 +44,8 @@ FORMATS: dict[str, Format] = {
     ".mo": "mo",
     ".tmx": "tmx",
 }
+# Texts by keys, which translations share.
+KEYED: tuple[Format, ...] = ("messages", "descriptions", "manual")
 CHUNK = 1 << 16
 CONVERT_ROWS = 8192
 EXCERPT_CHARACTERS = 200
@@ -76,7 +81,13 @@ class SourceConfig(Config):
     """File, directory or glob, or s3://, gs:// and the like; .gz is opened, Parquet apart. hub:OWNER/NAME, with
     @REVISION or /PATTERN behind it, is a dataset of the hub; package:NAME one of `packages`."""
     format: Format | None = None
-    """Kind of file; none: as the ending says. messages: JSON whose values, however deep, are texts."""
+    """Kind of file; none: as the ending says. messages: JSON whose values, however deep, are texts; descriptions:
+    Translation-xx of Debian's archive; manual: an archive of HTML pages whose paragraphs have ids."""
+    originals: str | None = None
+    """With messages, descriptions or manual: the file, or a glob of it, whose texts those of `path` translate under the
+    same keys."""
+    passages: bool = False
+    """With descriptions or manual: titles, each beside the paragraph below it."""
     translations: str | None = None
     """With format moses: the file whose lines translate those of `path`, one file each."""
     text: str = "text"
@@ -100,6 +111,10 @@ class SourceConfig(Config):
     def _is_whole(self) -> "SourceConfig":
         if (self.format == "moses") != (self.translations is not None):
             raise ValueError("format moses and translations belong together; expected both or neither")
+        if self.originals is not None and self.format not in KEYED:
+            raise ValueError(f"originals: with format {self.format}; expected one of {', '.join(KEYED)}")
+        if self.passages and (self.format not in KEYED[1:] or self.originals):
+            raise ValueError("passages: expected format descriptions or manual, and no originals")
         try:
             codecs.lookup(self.encoding)
         except LookupError as error:
@@ -153,6 +168,14 @@ def source_files(source: SourceConfig) -> list[Store]:
     return known
 
 
+def only_file(path: str) -> Store:
+    """The file that a path or a glob of this machine names; DataError where there is none, or more than one."""
+    found = [Store.at(name) for name in glob(path)] if Store.at(path).is_local else [Store.at(path)]
+    if len(found) != 1:
+        raise DataError(f"originals: {path}: {len(found)} files; expected one")
+    return found[0]
+
+
 def read_rows(file: Store, source: SourceConfig, max_line_bytes: int) -> Iterator[RawRow]:
     """The rows of a file that is no Parquet, in order; none of its lines is held beyond `max_line_bytes`."""
     readers: dict[str, Callable[[Store, SourceConfig, int], Iterator[RawRow]]] = {
@@ -164,7 +187,9 @@ def read_rows(file: Store, source: SourceConfig, max_line_bytes: int) -> Iterato
         "po": _catalogue_rows,
         "mo": _catalogue_rows,
         "tmx": _tmx_rows,
-        "messages": _message_rows,
+        "messages": _keyed_rows,
+        "descriptions": _keyed_rows,
+        "manual": _keyed_rows,
     }
     kind = source.format_of(file)
     assert kind is not None  # noqa: S101 (source_files leaves others out)
@@ -394,24 +419,68 @@ def _whole(file: Store) -> bytes | Broken:
     return b"".join(pieces)
 
 
-def _message_rows(file: Store, source: SourceConfig, max_bytes: int) -> Iterator[RawRow]:
-    """The texts of a JSON catalogue: beside its key, where that is an English text and no name, else in its group."""
+class Entry(NamedTuple):
+    """A text of a catalogue."""
+
+    key: str
+    text: str
+    lang: str | None
+    is_title: bool = False
+    """Whether what comes next is about it."""
+
+
+def _keyed_rows(file: Store, source: SourceConfig, max_bytes: int) -> Iterator[RawRow]:
+    """The texts of a catalogue: each beside its original, its English key or its title, or in the group of its key."""
+    try:
+        entries = list(_entries(file, source))
+        originals = (
+            {entry.key: entry for entry in _entries(only_file(source.originals), source)} if source.originals else None
+        )
+    except (DataError, RecursionError, UnicodeDecodeError) as error:
+        yield Broken(f"no {source.format}", str(error).encode()).row
+        return
+    if originals is not None:
+        for entry in entries:
+            if original := originals.get(entry.key):
+                yield RawRow(original.text, original.lang, entry.text, source.lang or entry.lang)
+    elif source.passages:
+        for title, below in pairwise(entries):
+            if title.is_title and not below.is_title:
+                yield RawRow(title.text, source.lang or title.lang, below.text, source.lang or below.lang)
+    else:
+        for entry in entries:
+            english = entry.key.partition("bundle.")[2] if source.format == "messages" else ""
+            if " " in english:
+                yield RawRow(english, "en", entry.text, source.lang or entry.lang)
+            elif entry.text:
+                yield RawRow(entry.text, source.lang or entry.lang, group=_group_of(file, source, entry.key))
+
+
+def _group_of(file: Store, source: SourceConfig, key: str) -> str:
+    """What a text shares with its translations; messages of other files may have the same keys."""
+    return f"{PurePosixPath(file.path).name}:{key}" if source.format == "messages" else key
+
+
+def _entries(file: Store, source: SourceConfig) -> Iterator[Entry]:
+    """The texts of a catalogue with their keys, in order; DataError where it is none."""
+    if source.format == "manual":
+        for path, lang, texts in read_manual(io.BytesIO(file.read()), str(file)):
+            known = canonical(lang) if lang else None
+            for key, text in texts.items():
+                yield Entry(f"{path}#{key}", text, known, key.startswith("hd_"))
+        return
     content = _whole(file)
     if isinstance(content, Broken):
-        yield content.row
+        raise DataError(f"{file}: {content.reason}")
+    if source.format == "descriptions":
+        lang = canonical(PurePosixPath(file.path).name.removeprefix("Translation-"))
+        for mark, paragraphs in read_descriptions(content.decode().splitlines()):
+            # Paragraphs are told apart by their number: where there are others, none is known to be the same.
+            for number, text in enumerate(paragraphs):
+                yield Entry(f"{mark}:{number}/{len(paragraphs)}" if number else mark, text, lang, not number)
         return
-    try:
-        messages = read_json(content, str(file))
-    except (DataError, RecursionError) as error:
-        yield Broken("not JSON", str(error).encode()).row
-        return
-    lang = source.lang or _language_of_path(file.path)
-    for key, text in messages.items():
-        english = key.partition("bundle.")[2]
-        if " " in english:
-            yield RawRow(english, "en", text, lang)
-        elif text:
-            yield RawRow(text, lang, group=f"{PurePosixPath(file.path).name}:{key}")
+    for key, text in read_json(content, str(file)).items():
+        yield Entry(key, text, _language_of_path(file.path))
 
 
 def _language_of_header(value: str) -> str | None:

