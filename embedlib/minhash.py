@@ -1,6 +1,7 @@
-"""Near-duplicates by MinHash: texts whose sets of five-character pieces overlap much share a band of signatures."""
+"""Near-duplicates: texts whose sets of five-character pieces overlap much.
 
-import math
+Most of them share a band of their MinHash signatures, and whatever shares one is looked at itself.
+"""
 
 import numpy as np
 import numpy.typing as npt
@@ -12,16 +13,18 @@ from embedlib.hashing import Words, loose_keys
 
 PIECE = 5
 SIGNATURE = 128
+# Of the pairs that overlap just as much as is too much, how many are to share a band.
+RECALL = 0.95
 
 
 def bands_for(threshold: float) -> tuple[int, int]:
-    """How many bands of how many rows find most pairs that overlap (Jaccard) by `threshold` and few below it.
+    """How many bands of how many rows find 95 of 100 pairs that overlap (Jaccard) by `threshold`, with few below it.
 
     >>> bands_for(0.8)
-    (11, 11)
+    (18, 7)
     """
-    choices = [(SIGNATURE // rows, rows) for rows in range(1, SIGNATURE // 2 + 1)]
-    return min(choices, key=lambda choice: abs(math.log(choice[0]) / choice[1] + math.log(threshold)))
+    choices = [(SIGNATURE // rows, rows) for rows in range(SIGNATURE // 2, 0, -1)]
+    return next((few for few in choices if 1 - (1 - threshold ** few[1]) ** few[0] >= RECALL), choices[-1])
 
 
 def band_hashes(texts: pa.Array, threshold: float, seed: int) -> npt.NDArray[np.uint64]:
@@ -39,15 +42,30 @@ def band_hashes(texts: pa.Array, threshold: float, seed: int) -> npt.NDArray[np.
 
 def _signature(key: str, seed: int) -> list[int]:
     signature = RMinHash(num_perm=SIGNATURE, seed=seed)
-    signature.update([key[start : start + PIECE] for start in range(max(1, len(key) - PIECE + 1))])
+    signature.update(list(_pieces(key)))
     found: list[int] = signature.digest()
     return found
 
 
-def later_of_each(bands: Words, rows: Words) -> npt.NDArray[np.bool_]:
-    """Which entries share their band with an entry of a lower row, (entries,): every near-duplicate but the lowest."""
+def _pieces(key: str) -> set[str]:
+    return {key[start : start + PIECE] for start in range(max(1, len(key) - PIECE + 1))}
+
+
+def overlap(left: str, right: str) -> float:
+    """Share of the pieces of two loose keys that both have, of all that they have (Jaccard).
+
+    >>> overlap("abcdef", "abcdeg")
+    0.3333333333333333
+    """
+    lefts, rights = _pieces(left), _pieces(right)
+    return len(lefts & rights) / len(lefts | rights)
+
+
+def candidates(bands: Words, rows: Words) -> Words:
+    """Pairs of rows that share a band, (pairs, 2): each with the lowest of its band and with the one right below it."""
     order = np.lexsort((rows, bands))
-    same_band = np.append(False, bands[order][1:] == bands[order][:-1])[: len(order)]
-    later = np.zeros(len(rows), np.bool_)
-    later[order] = same_band
-    return later
+    bands, rows = bands[order], rows[order]
+    begins = np.append(True, bands[1:] != bands[:-1])[: len(rows)]
+    lowest = rows[np.flatnonzero(begins)[np.cumsum(begins) - 1]] if len(rows) else rows
+    pairs = [np.stack([rows, other], axis=1)[~begins] for other in (lowest, np.roll(rows, 1))]
+    return np.unique(np.concatenate(pairs), axis=0)

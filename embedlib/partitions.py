@@ -80,6 +80,14 @@ def partitioned(rows: pa.Table, num_partitions: int) -> list[pa.Table]:
     return [sorted_rows.slice(begin, end - begin) for begin, end in pairwise(edges)]
 
 
+class Earlier(NamedTuple):
+    """Rows of an earlier generation."""
+
+    hashes: Hashes
+    keys: Words
+    """What decided the split of each: its group, or its own hash."""
+
+
 class Distinct(NamedTuple):
     """What is left of a partition."""
 
@@ -87,24 +95,26 @@ class Distinct(NamedTuple):
     """In the order of their hashes."""
     dropped: Counter[tuple[int, str, str]]
     """Rows by (source, language, reason)."""
+    torn: Words
+    """Groups whose text an earlier generation has in another split."""
 
 
-def distinct_rows(rows: pa.Table, earlier: Hashes, shares: Sequence[float]) -> Distinct:
+def distinct_rows(rows: pa.Table, earlier: Earlier, shares: Sequence[float]) -> Distinct:
     """Of equal rows the first; none that is in an earlier generation, or has translations in two splits.
 
     Every copy of a text is here, and with it all that it translates: where those are in different splits the text
-    would tie them together, so it is in neither.
+    would tie them together, so it is in neither. What an earlier generation has cannot be taken back; those that
+    translate it into another split are `torn`.
     """
-    hashes = Hashes(
-        np.concatenate([earlier.high, rows["high"].to_numpy()]), np.concatenate([earlier.low, rows["low"].to_numpy()])
-    )
+    high, low = (rows[name].to_numpy() for name in ("high", "low"))
+    hashes = Hashes(np.concatenate([earlier.hashes.high, high]), np.concatenate([earlier.hashes.low, low]))
     order = np.lexsort((hashes.low, hashes.high))
     is_first = np.append(
         True,
         (hashes.high[order][1:] != hashes.high[order][:-1]) | (hashes.low[order][1:] != hashes.low[order][:-1]),
     )[: len(order)]
     texts = np.cumsum(is_first) - 1
-    order = order - len(earlier.high)
+    order = order - len(earlier.keys)
     is_new = order >= 0
     reason = np.full(len(rows), "", object)
     reason[order[is_new & ~is_first]] = DUPLICATE
@@ -116,9 +126,23 @@ def distinct_rows(rows: pa.Table, earlier: Hashes, shares: Sequence[float]) -> D
     kept = order[is_first & is_new]
     kept = kept[reason[kept] == ""]
     counts = _counts(rows, reason)
+    keys = np.zeros(len(seen), np.uint64)
+    keys[texts[~is_new]] = earlier.keys[order[~is_new]]
+    again = is_new & seen[texts]
+    torn = _torn_groups(rows, order[again], keys[texts[again]], shares)
     chosen = rows.take(pa.array(kept))
     place = rows.schema.get_field_index("group")
-    return Distinct(chosen.set_column(place, rows.schema.field("group"), groups.take(pa.array(kept))), counts)
+    return Distinct(chosen.set_column(place, rows.schema.field("group"), groups.take(pa.array(kept))), counts, torn)
+
+
+def _torn_groups(
+    rows: pa.Table, again: npt.NDArray[np.int64], keys: Words, shares: Sequence[float]
+) -> npt.NDArray[np.uint64]:
+    """The groups of rows that come `again` which are in another split than the earlier rows with these `keys`."""
+    groups = _column(rows["group"]).take(pa.array(again))
+    known = np.asarray(pc.is_valid(groups))
+    named = np.asarray(pc.fill_null(groups, 0)).astype(np.uint64)
+    return np.unique(named[known & (split_of(named, shares) != split_of(keys, shares))])
 
 
 def _agreed_groups(
@@ -161,10 +185,14 @@ def language_column(rows: pa.Table) -> str:
     return "right_lang" if rows["right_lang"].null_count < max(len(rows), 1) else "lang"
 
 
+def split_keys(rows: pa.Table) -> Words:
+    """What decides the split of each row: its group, or its own hash where it has none."""
+    return np.asarray(pc.coalesce(rows["group"], rows["high"])).astype(np.uint64)
+
+
 def by_split(rows: pa.Table, shares: Sequence[float]) -> list[pa.Table]:
     """`rows` of each split in their order: decided by the group, or by the text where there is none."""
-    keys = np.asarray(pc.coalesce(rows["group"], rows["high"])).astype(np.uint64)
-    splits = split_of(keys, shares)
+    splits = split_of(split_keys(rows), shares)
     return [rows.filter(pa.array(splits == split)) for split in range(len(shares) + 1)]
 
 

@@ -29,11 +29,13 @@ from embedlib.artifact import MANIFEST_NAME, Manifest, fingerprint, hash_file, p
 from embedlib.balancing import BalanceConfig, quotas, targets
 from embedlib.corpus_statistics import Statistics, measurements_of, token_counts
 from embedlib.errors import ArtifactError, ConfigError, DataError, EmbedlibError
-from embedlib.hashing import Hashes
+from embedlib.hashing import Hashes, loose_keys, partition_of
 from embedlib.hub_datasets import SCHEME, downloaded
-from embedlib.minhash import band_hashes, later_of_each
+from embedlib.minhash import band_hashes, candidates, overlap
 from embedlib.partitions import (
+    IN_TWO_SPLITS,
     NEAR_DUPLICATE,
+    Earlier,
     by_split,
     count_languages,
     count_origins,
@@ -43,6 +45,7 @@ from embedlib.partitions import (
     read_hashes,
     read_statistics,
     sampled,
+    split_keys,
     write_batches,
 )
 from embedlib.reading import RAW, SourceConfig, convert, only_file, read_raw, source_files
@@ -64,6 +67,8 @@ ARROW = "arrow"
 WORK = "work"
 # Pieces in one task, as long as every worker has this many tasks.
 MOST_TOGETHER, TURNS_A_WORKER = 64, 16
+# So many hashes of an earlier corpus take the memory of one row.
+EARLIER_ROWS = 8
 
 
 class BuildConfig(RefineConfig):
@@ -84,8 +89,8 @@ class BuildConfig(RefineConfig):
     extends: str | None = None
     """An earlier corpus of the same seed, key and shares: none of its rows comes again, and ids go on from it."""
     near_duplicates: float | None = Field(default=None, gt=0, lt=1)
-    """Overlap of five-character pieces (Jaccard) about which two rows begin to be too much alike: most pairs above it
-    are found, few below; none: they must be equal."""
+    """Overlap of five-character pieces (Jaccard) from which two rows are too much alike: 95 of 100 pairs at it are
+    found, nearly all above it, none below; none: they must be equal."""
     balance: BalanceConfig = BalanceConfig()
     """How many rows of each language stay."""
     validation_share: float = Field(default=0.005, ge=0, lt=0.5)
@@ -147,6 +152,13 @@ class Files(NamedTuple):
     """Each as Parquet: itself, or what it was converted to."""
 
 
+class Extended(NamedTuple):
+    """The corpus that another one extends."""
+
+    directory: str
+    num_partitions: int
+
+
 class Build(NamedTuple):
     """A corpus to build, as every worker knows it."""
 
@@ -155,7 +167,7 @@ class Build(NamedTuple):
     files: Files
     parts: list[Part]
     num_partitions: int
-    earlier: str | None
+    earlier: "Extended | None"
     """The corpus that this one extends."""
 
     @property
@@ -166,8 +178,8 @@ class Build(NamedTuple):
     @property
     def settled(self) -> Store:
         """The partitions from which shards are cut."""
-        name = "apart" if BuildConfig.model_validate(self.config).near_duplicates else "distinct"
-        return self.work / name
+        near = BuildConfig.model_validate(self.config).near_duplicates
+        return self.work / ("apart" if near or self.earlier else "distinct")
 
 
 class Shards(NamedTuple):
@@ -211,10 +223,11 @@ def build_corpus(config: BuildConfig) -> Manifest:
     for what, function, directory in (
         ("compare", settle_partition, "distinct"),
         *(
-            (("sign", sign_partition, "bands"), ("match", match_bands, "later"), ("part", part_partition, "apart"))
+            (("sign", sign_partition, "bands"), ("match", match_bands, "pairs"), ("ask", answer_partition, "answers"))
             if config.near_duplicates
             else ()
         ),
+        *((("part", part_partition, "apart"),) if build.settled != build.work / "distinct" else ()),
     ):
         missing = missing_parts(build.work / directory, build.num_partitions, ARROW)
         run_numbered(build, what, function, missing, build.num_partitions)
@@ -277,14 +290,16 @@ def converted(
         for number, (source, file) in enumerate(found)
     ]
     files = Files([file for _, file in found], [source for source, _ in found], targets)
-    build = Build(config.model_dump(mode="json"), output, files, [], 0, config.extends)
+    extended = Extended(config.extends, earlier.measurements["partitions"]) if config.extends and earlier else None
+    build = Build(config.model_dump(mode="json"), output, files, [], 0, extended)
     waiting = [number for number, file in enumerate(targets) if file is not files.found[number] and not file.exists()]
     run_numbered(build, "convert", convert_file, waiting, len(targets))
     parts = plan_parts(files, config.rows_per_part)
     if not parts:
         raise DataError(f"sources: none of {len(targets)} files has a row")
     rows = sum(part.num_rows for part in parts)
-    num_partitions = earlier.measurements["partitions"] if earlier else max(1, -(-rows // config.rows_per_partition))
+    rows += sum(earlier.measurements["next_ids"]) // EARLIER_ROWS if earlier else 0
+    num_partitions = max(1, -(-rows // config.rows_per_partition))
     evaluation = output / WORK / "evaluation.arrow"
     if not evaluation.exists():
         texts = (text for path in config.evaluation for text in strings_of(Store.at(path)))
@@ -460,29 +475,38 @@ def settle_partition(build: Build, number: int) -> int:
     """Compare all rows of one partition and write those that stay, by split."""
     config = BuildConfig.model_validate(build.config)
     rows = all_of(build.work / "rows", len(build.parts), number)
-    distinct = distinct_rows(rows, earlier_hashes(build, number), config.shares)
+    distinct = distinct_rows(rows, earlier_rows(build, number), config.shares)
     dropped = [[*key, count] for key, count in sorted(distinct.dropped.items())]
-    write_settled(build.work / "distinct" / part_name(number, ARROW), distinct.rows, config.shares, dropped)
+    torn = {"torn": distinct.torn.tolist()}
+    write_settled(build.work / "distinct" / part_name(number, ARROW), distinct.rows, config.shares, dropped, torn)
     return len(distinct.rows)
 
 
-def earlier_hashes(build: Build, number: int) -> Hashes:
-    """Hashes of one partition of the corpus that is extended."""
-    if build.earlier is None:
-        return Hashes(np.empty(0, np.uint64), np.empty(0, np.uint64))
-    table = read_batch(Store.at(build.earlier) / "hashes" / part_name(number, ARROW), 0)
-    return Hashes(table["high"].to_numpy(), table["low"].to_numpy())
+def earlier_rows(build: Build, number: int) -> Earlier:
+    """Rows of the corpus that is extended which are in a partition of this one: it may have had fewer."""
+    found = [np.empty((0, 3), np.uint64)]
+    if build.earlier is not None:
+        count, total = build.earlier.num_partitions, build.num_partitions
+        directory = Store.at(build.earlier.directory) / "hashes"
+        for place in range(number * count // total, -(-(number + 1) * count // total)):
+            table = read_batch(directory / part_name(place, ARROW), 0)
+            rows = np.stack([table[name].to_numpy() for name in ("high", "low", "key")], axis=1)
+            found.append(rows[partition_of(rows[:, 0], total) == number])
+    high, low, keys = np.concatenate(found).T
+    return Earlier(Hashes(high, low), keys)
 
 
-def write_settled(file: Store, rows: pa.Table, shares: Sequence[float], dropped: list[list[Any]]) -> None:
-    """Write the rows of a partition in a batch for each split, with counts of each."""
+def write_settled(
+    file: Store, rows: pa.Table, shares: Sequence[float], dropped: list[list[Any]], more: dict[str, Any]
+) -> None:
+    """Write the rows of a partition in a batch for each split, with counts of each and what `more` is to be known."""
     splits = by_split(rows, shares)
     statistics = {
         "languages": [count_languages(split) for split in splits],
         "origins": count_origins(rows),
         "dropped": dropped,
     }
-    write_batches(file, splits, statistics)
+    write_batches(file, splits, statistics | more)
 
 
 def settled_rows(directory: Store, number: int) -> pa.Table:
@@ -491,42 +515,80 @@ def settled_rows(directory: Store, number: int) -> pa.Table:
     return pa.concat_tables([read_batch(file, split) for split in range(len(SPLITS))])
 
 
+def texts_of(rows: pa.Table) -> pa.Array:
+    """What two rows must not have in common: of a row of two texts both, since another translation is another pair."""
+    space = pa.scalar(" ", pa.large_string())
+    return pc.binary_join_element_wise(rows["text"], pc.fill_null(rows["right"], ""), space).combine_chunks()
+
+
 def sign_partition(build: Build, number: int) -> int:
     """Write the bands of each text's signature, each to its partition."""
     config = BuildConfig.model_validate(build.config)
     rows = settled_rows(build.work / "distinct", number)
-    # Of a row of two texts both: a text with another translation is another pair.
-    space = pa.scalar(" ", pa.large_string())
-    texts = pc.binary_join_element_wise(rows["text"], pc.fill_null(rows["right"], ""), space).combine_chunks()
-    bands = band_hashes(texts, config.near_duplicates or 0.0, config.seed)
+    bands = band_hashes(texts_of(rows), config.near_duplicates or 0.0, config.seed)
     entries = pa.table({"high": bands.reshape(-1), "row": np.repeat(rows["high"].to_numpy(), bands.shape[1])})
     write_batches(build.work / "bands" / part_name(number, ARROW), partitioned(entries, build.num_partitions), {})
     return len(rows)
 
 
 def match_bands(build: Build, number: int) -> int:
-    """Write which rows share one of the bands in this partition with a lower row, each to its own partition."""
+    """Write which rows share one of the bands in this partition with which lower rows, to the partition of those."""
     entries = all_of(build.work / "bands", build.num_partitions, number)
-    rows = entries["row"].to_numpy()
-    later = np.unique(rows[later_of_each(entries["high"].to_numpy(), rows)])
-    found = partitioned(pa.table({"high": later}), build.num_partitions)
-    write_batches(build.work / "later" / part_name(number, ARROW), found, {})
-    return len(later)
+    pairs = candidates(entries["high"].to_numpy(), entries["row"].to_numpy())
+    found = partitioned(pa.table({"high": pairs[:, 1], "row": pairs[:, 0]}), build.num_partitions)
+    write_batches(build.work / "pairs" / part_name(number, ARROW), found, {})
+    return len(pairs)
+
+
+def answer_partition(build: Build, number: int) -> int:
+    """Write the texts of a partition that others are to be compared with, to the partitions of those."""
+    asked = all_of(build.work / "pairs", build.num_partitions, number)
+    pairs = np.unique(np.stack([asked["high"].to_numpy(), asked["row"].to_numpy()], axis=1), axis=0)
+    rows = settled_rows(build.work / "distinct", number).sort_by("high")
+    keys = loose_keys(texts_of(rows)).take(pa.array(np.searchsorted(rows["high"].to_numpy(), pairs[:, 0])))
+    answers = pa.table({"high": pairs[:, 1], "text": keys})
+    write_batches(build.work / "answers" / part_name(number, ARROW), partitioned(answers, build.num_partitions), {})
+    return len(answers)
 
 
 def part_partition(build: Build, number: int) -> int:
-    """Write the rows of a partition that are no near-duplicates of a lower one."""
+    """Write the rows of a partition that are no near-duplicates of a lower one and tie nothing to an earlier corpus."""
     config = BuildConfig.model_validate(build.config)
-    rows = settled_rows(build.work / "distinct", number)
-    later = all_of(build.work / "later", build.num_partitions, number)["high"].to_numpy()
-    is_later = np.isin(rows["high"].to_numpy(), later)
-    apart = rows.filter(pa.array(~is_later)).sort_by([("high", "ascending"), ("low", "ascending")])
+    rows = settled_rows(build.work / "distinct", number).sort_by([("high", "ascending"), ("low", "ascending")])
+    reasons = {
+        IN_TWO_SPLITS: pc.fill_null(pc.is_in(rows["group"], pa.array(torn_groups(build), pa.uint64())), False),
+        NEAR_DUPLICATE: pa.array(near_duplicates(build, config.near_duplicates, rows, number)),
+    }
     dropped = read_statistics(build.work / "distinct" / part_name(number, ARROW))["dropped"]
-    gone = [
-        [source, lang, NEAR_DUPLICATE, count] for source, lang, count in count_origins(rows.filter(pa.array(is_later)))
-    ]
-    write_settled(build.work / "apart" / part_name(number, ARROW), apart, config.shares, dropped + gone)
+    gone = pa.array(np.zeros(len(rows), np.bool_))
+    for reason, is_so in reasons.items():
+        going = rows.filter(pc.and_not(is_so, gone))
+        dropped += [[source, lang, reason, count] for source, lang, count in count_origins(going)]
+        gone = pc.or_(gone, is_so)
+    apart = rows.filter(pc.invert(gone))
+    write_settled(build.work / "apart" / part_name(number, ARROW), apart, config.shares, dropped, {})
     return len(apart)
+
+
+def torn_groups(build: Build) -> list[int]:
+    """Groups of all partitions that an earlier corpus has in another split."""
+    directory = build.work / "distinct"
+    files = (directory / part_name(number, ARROW) for number in range(build.num_partitions))
+    return [group for file in files for group in read_statistics(file)["torn"]] if build.earlier else []
+
+
+def near_duplicates(build: Build, threshold: float | None, rows: pa.Table, number: int) -> npt.NDArray[np.bool_]:
+    """Which rows of a partition, sorted by their hashes, overlap too much with a lower row."""
+    found = np.zeros(len(rows), np.bool_)
+    if threshold is None:
+        return found
+    answers = all_of(build.work / "answers", build.num_partitions, number)
+    places = np.searchsorted(rows["high"].to_numpy(), answers["high"].to_numpy())
+    own = loose_keys(texts_of(rows))
+    for place, other in zip(places.tolist(), answers["text"].to_pylist(), strict=True):
+        if not found[place]:
+            found[place] = overlap(own[place].as_py(), other) >= threshold
+    return found
 
 
 def plan_shards(build: Build, config: BuildConfig) -> Plan:
@@ -572,15 +634,20 @@ def missing_shards(output: Store, some: Shards) -> bool:
 
 def index_partition(plan: Plan, build: Build, number: int) -> int:
     """Write the hashes of a partition's rows that stay, and of those before them, for a corpus that extends this."""
-    names = ["high", "low", "lang", "right_lang"]
+    names = ["high", "low", "group", "lang", "right_lang"]
     file = build.settled / part_name(number, ARROW)
     rows = [sampled(read_batch(file, split, names), plan.quotas[number][split]) for split in range(len(SPLITS))]
-    earlier = earlier_hashes(build, number)
-    high = np.concatenate([earlier.high, *(some["high"].to_numpy() for some in rows)])
-    low = np.concatenate([earlier.low, *(some["low"].to_numpy() for some in rows)])
-    order = np.lexsort((low, high))
+    earlier = earlier_rows(build, number)
+    table = pa.concat_tables(rows)
+    columns = {
+        "high": [earlier.hashes.high, table["high"].to_numpy()],
+        "low": [earlier.hashes.low, table["low"].to_numpy()],
+        "key": [earlier.keys, split_keys(table)],
+    }
+    arrays = {name: np.concatenate(parts) for name, parts in columns.items()}
+    order = np.lexsort((arrays["low"], arrays["high"]))
     target = build.output / "hashes" / part_name(number, ARROW)
-    write_batches(target, [pa.table({"high": high[order], "low": low[order]})], {})
+    write_batches(target, [pa.table({name: array[order] for name, array in arrays.items()})], {})
     return len(order)
 
 

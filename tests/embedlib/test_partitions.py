@@ -18,6 +18,7 @@ from embedlib.partitions import (
     DUPLICATE,
     IN_TWO_SPLITS,
     SEEN_BEFORE,
+    Earlier,
     by_split,
     count_languages,
     distinct_rows,
@@ -30,7 +31,7 @@ from embedlib.partitions import (
 from embedlib.refining import ROWS
 from embedlib.storage import Store
 
-NOTHING = Hashes(np.empty(0, np.uint64), np.empty(0, np.uint64))
+NOTHING = Earlier(Hashes(np.empty(0, np.uint64), np.empty(0, np.uint64)), np.empty(0, np.uint64))
 SHARES = (0.3, 0.3)
 
 
@@ -49,7 +50,8 @@ def make_rows(texts: list[str], groups: list[int | None] | None = None, langs: l
 @given(st.lists(st.sampled_from("abcdefgh"), max_size=40), st.sets(st.sampled_from("abcxyz")))
 def test_of_equal_rows_the_first_stays(texts: list[str], earlier: set[str]) -> None:
     rows = make_rows(texts)
-    found = distinct_rows(rows, hash_texts(pa.array(sorted(earlier), pa.large_string()), 0), SHARES)
+    before = hash_texts(pa.array(sorted(earlier), pa.large_string()), 0)
+    found = distinct_rows(rows, Earlier(before, before.high), SHARES)
     expected = {text: texts.index(text) for text in texts if text not in earlier}
     assert dict(zip(found.rows["text"].to_pylist(), found.rows["source"].to_pylist(), strict=True)) == expected
     keys = list(zip(found.rows["high"].to_pylist(), found.rows["low"].to_pylist(), strict=True))
@@ -129,3 +131,18 @@ def test_a_file_gives_back_its_batches_columns_and_statistics(tmp_path: Path) ->
     assert read_statistics(file) == {"dropped": [[0, "en", "ü", 3]]}
     with pytest.raises(ArtifactError, match="cannot be read"):
         read_batch(Store.at(str(tmp_path / "none.arrow")), 0)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(0, 2**64 - 1)), min_size=1, max_size=20))
+def test_groups_of_another_split_than_earlier_are_torn(pairs: list[tuple[str, int]]) -> None:
+    rows = make_rows([text for text, _ in pairs], [group for _, group in pairs])
+    before = hash_texts(pa.array(["a", "b", "c"], pa.large_string()), 0)
+    keys = np.array([1, 2, 3], np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    splits = dict(zip("abc", split_of(keys, SHARES).tolist(), strict=True))
+    expected = {
+        group
+        for text, group in pairs
+        if text in splits and split_of(np.array([group], np.uint64), SHARES)[0] != splits[text]
+    }
+    assert set(distinct_rows(rows, Earlier(before, keys), SHARES).torn.tolist()) == expected
