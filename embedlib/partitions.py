@@ -80,6 +80,22 @@ def partitioned(rows: pa.Table, num_partitions: int) -> list[pa.Table]:
     return [sorted_rows.slice(begin, end - begin) for begin, end in pairwise(edges)]
 
 
+def without_copies(rows: pa.Table) -> tuple[pa.Table, Counter[str]]:
+    """`rows` without those equal to an earlier one in text and group, and how many of each language went.
+
+    All copies of a text meet in one partition; what repeats within a part, as lines of a log do, need not get there.
+    """
+    known = np.asarray(pc.is_valid(rows["group"]))
+    groups = np.asarray(pc.fill_null(rows["group"], 0)).astype(np.uint64)
+    keys = [groups, known, rows["low"].to_numpy(), rows["high"].to_numpy()]
+    order = np.lexsort(keys)
+    differs = np.append(True, np.any([key[order][1:] != key[order][:-1] for key in keys], axis=0))[: len(rows)]
+    first = np.zeros(len(rows), np.bool_)
+    first[order[differs]] = True
+    copies = rows[language_column(rows)].filter(pa.array(~first)).to_pylist()
+    return rows.filter(pa.array(first)), Counter(copies)
+
+
 class Earlier(NamedTuple):
     """Rows of an earlier generation."""
 

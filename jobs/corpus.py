@@ -33,6 +33,7 @@ from embedlib.hashing import Hashes, loose_keys, partition_of
 from embedlib.hub_datasets import SCHEME, downloaded
 from embedlib.minhash import band_hashes, candidates, overlap
 from embedlib.partitions import (
+    DUPLICATE,
     IN_TWO_SPLITS,
     NEAR_DUPLICATE,
     Earlier,
@@ -46,10 +47,11 @@ from embedlib.partitions import (
     read_statistics,
     sampled,
     split_keys,
+    without_copies,
     write_batches,
 )
 from embedlib.reading import RAW, SourceConfig, convert, only_file, read_raw, source_files
-from embedlib.refining import RefineConfig, Refined, Unreadable, evaluation_hashes, refine
+from embedlib.refining import KEPT, RefineConfig, Refined, Unreadable, evaluation_hashes, refine
 from embedlib.registry_corpus import Package
 from embedlib.registry_corpus import located as located_package
 from embedlib.schemas import CORPUS_SHARD, PAIRS, QUARANTINE, QUERY_PASSAGE
@@ -429,17 +431,19 @@ def refine_part(build: Build, number: int) -> int:
     if refined.unreadable:
         table = quarantine_table(str(build.files.found[part.file]), part.first_row, refined)
         write_parquet(build.output / "quarantine" / part_name(number), table)
+    rows, copies = without_copies(refined.rows)
+    tally = refined.tally.copy()
+    for lang, count in copies.items():
+        tally.update({(lang, DUPLICATE): count, (lang, KEPT): -count})
     statistics = {
         "rows": part.num_rows,
         "added": refined.added,
-        "tally": [[*key, count] for key, count in sorted(refined.tally.items())],
+        "tally": [[*key, count] for key, count in sorted(tally.items())],
         "quarantined": Counter(row.reason for row in refined.unreadable),
         "samples": refined.samples,
     }
-    write_batches(
-        build.work / "rows" / part_name(number, ARROW), partitioned(refined.rows, build.num_partitions), statistics
-    )
-    return len(refined.rows)
+    write_batches(build.work / "rows" / part_name(number, ARROW), partitioned(rows, build.num_partitions), statistics)
+    return len(rows)
 
 
 def read_part(build: Build, config: BuildConfig, part: Part) -> pa.Table:

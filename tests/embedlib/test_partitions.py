@@ -26,6 +26,7 @@ from embedlib.partitions import (
     read_batch,
     read_statistics,
     sampled,
+    without_copies,
     write_batches,
 )
 from embedlib.refining import ROWS
@@ -146,3 +147,13 @@ def test_groups_of_another_split_than_earlier_are_torn(pairs: list[tuple[str, in
         if text in splits and split_of(np.array([group], np.uint64), SHARES)[0] != splits[text]
     }
     assert set(distinct_rows(rows, Earlier(before, keys), SHARES).torn.tolist()) == expected
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from([None, 0, 7])), max_size=30))
+def test_copies_within_a_part_go_early(pairs: list[tuple[str, int | None]]) -> None:
+    rows = make_rows([text for text, _ in pairs], [group for _, group in pairs], ["de"] * len(pairs))
+    found, copies = without_copies(rows)
+    assert list(zip(found["text"].to_pylist(), found["group"].to_pylist(), strict=True)) == list(dict.fromkeys(pairs))
+    assert copies["de"] == len(pairs) - len(set(pairs))
+    assert distinct_rows(found, NOTHING, SHARES).rows.equals(distinct_rows(rows, NOTHING, SHARES).rows)
