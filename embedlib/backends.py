@@ -23,7 +23,7 @@ from embedlib.config import Config
 from embedlib.encoder import Encoder, Vectors, device_type
 from embedlib.errors import ConfigError
 from embedlib.metrics import row_cosines, top_k_overlap
-from embedlib.threads import cores, side_by_side
+from embedlib.threads import cores, in_threads
 from embedlib.traits import TOKENIZER_NAME, TRAITS_NAME, Traits
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ class ExportedBackend(ABC):
 
     def pooled(self, batches: Sequence[Sequence[TokenIds]]) -> Vectors:
         """Vectors (sequences, embedding_dim) before normalisation, batch after batch."""
-        return np.concatenate(side_by_side(self._compute, batches, self.max_threads))
+        return np.concatenate(in_threads(self._compute, batches, self.max_threads))
 
     @abstractmethod
     def _compute(self, sequences: Sequence[TokenIds]) -> Vectors: ...

@@ -50,7 +50,8 @@ class EmbeddingConfig(Config):
     prompts: list[str] = Field(default=[], max_length=8)
     """Names of prompts to put before the texts; with several, row number n gets prompt n modulo their number."""
     backend: BackendName | Literal["auto"] | None = None
-    """What computes; auto: the fastest that passes the gate; none: PyTorch in the hardware's fast arithmetic."""
+    """What computes; auto: the fastest that passes the gate, or one without PyTorch that is nearly as fast;
+    none: PyTorch in the hardware's fast arithmetic."""
     gate: GateConfig = GateConfig()
     """How near to float32 a backend that was named, or found by auto, must be on a sample of the texts."""
     vectors: VectorsConfig = VectorsConfig()

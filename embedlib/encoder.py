@@ -135,6 +135,7 @@ class Encoder:
         """The tokenizer that cuts nothing; a large one takes memory, so it is made where long texts are looked at."""
         tokenizer = Tokenizer.from_str(self.tokenizer.to_str())
         tokenizer.no_truncation()
+        tokenizer.encode_special_tokens = self.tokenizer.encode_special_tokens  # which no string keeps
         return tokenizer
 
     def prompt(self, name: str | None) -> str:

@@ -31,7 +31,8 @@ def quantise(vectors: Vectors, dtype: OutputDtype, ranges: Ranges | None = None)
     """`vectors` (texts, dim) as `dtype`: (texts, dim), for the binary forms (texts, dim / 8).
 
     int8 and uint8 are 255 even steps over `ranges`, cut off beyond; binary and ubinary are the signs of eight
-    dimensions a byte.
+    dimensions a byte: the numbers of sentence-transformers' `quantize_embeddings`, whose import brings in PyTorch and
+    would hold up a replica that does without.
     """
     if dtype in ("float32", "float16"):
         return vectors.astype(dtype)
@@ -39,10 +40,11 @@ def quantise(vectors: Vectors, dtype: OutputDtype, ranges: Ranges | None = None)
         raise ConfigError(f"output_dtype: {dtype} of {vectors.shape[1]} dimensions; expected a multiple of 8")
     if dtype in NEEDS_RANGES and ranges is None:
         raise ConfigError(f"output_dtype: {dtype}; expected calibration ranges")
-    from sentence_transformers.util import quantize_embeddings  # its import takes longer than a process' start
-
-    precision: Any = dtype
-    return np.asarray(quantize_embeddings(vectors, precision, ranges=ranges))
+    if ranges is None or dtype in ("binary", "ubinary"):
+        unsigned = np.packbits(vectors > 0, axis=1)
+    else:
+        unsigned = np.clip((vectors - ranges[0]) / ((ranges[1] - ranges[0]) / 255), 0, 255).astype(np.uint8)
+    return (unsigned.astype(np.int16) - 128).astype(np.int8) if dtype in ("int8", "binary") else unsigned
 
 
 def truncate(vectors: Vectors, dimensions: int) -> Vectors:

@@ -85,7 +85,7 @@ class SourceConfig(Config):
     Translation-xx of Debian's archive; manual: an archive of HTML pages whose paragraphs have ids."""
     originals: str | None = None
     """With messages, descriptions or manual: the file, or a glob of it, whose texts those of `path` translate under the
-    same keys."""
+    same keys; a name alone, `en.json`, is that of a file beside each."""
     passages: bool = False
     """With descriptions or manual: titles, each beside the paragraph below it."""
     translations: str | None = None
@@ -168,11 +168,16 @@ def source_files(source: SourceConfig) -> list[Store]:
     return known
 
 
-def only_file(path: str) -> Store:
-    """The file that a path or a glob of this machine names; DataError where there is none, or more than one."""
-    found = [Store.at(name) for name in glob(path)] if Store.at(path).is_local else [Store.at(path)]
+def originals_of(file: Store, source: SourceConfig) -> Store:
+    """The file whose texts those of `file` translate; DataError where it is not there, or more than one is."""
+    path = source.originals or ""
+    if "/" not in path:
+        found = [Store(file.filesystem, str(PurePosixPath(file.path).with_name(path)))]
+        found = [beside for beside in found if beside.exists()]
+    else:
+        found = [Store.at(name) for name in glob(path)] if Store.at(path).is_local else [Store.at(path)]
     if len(found) != 1:
-        raise DataError(f"originals: {path}: {len(found)} files; expected one")
+        raise DataError(f"{file}: {len(found)} files of originals {path!r}; expected one")
     return found[0]
 
 
@@ -434,7 +439,7 @@ def _keyed_rows(file: Store, source: SourceConfig, max_bytes: int) -> Iterator[R
     try:
         entries = list(_entries(file, source))
         originals = (
-            {entry.key: entry for entry in _entries(only_file(source.originals), source)} if source.originals else None
+            {entry.key: entry for entry in _entries(originals_of(file, source), source)} if source.originals else None
         )
     except (DataError, RecursionError, UnicodeDecodeError) as error:
         yield Broken(f"no {source.format}", str(error).encode()).row

@@ -50,7 +50,7 @@ from embedlib.partitions import (
     without_copies,
     write_batches,
 )
-from embedlib.reading import RAW, SourceConfig, convert, only_file, read_raw, source_files
+from embedlib.reading import RAW, SourceConfig, convert, originals_of, read_raw, source_files
 from embedlib.refining import KEPT, RefineConfig, Refined, Unreadable, evaluation_hashes, refine
 from embedlib.registry_corpus import Package
 from embedlib.registry_corpus import located as located_package
@@ -211,7 +211,7 @@ def build_corpus(config: BuildConfig) -> Manifest:
     """Make what is missing of the corpus, on the cluster joined before."""
     output = Store.at(config.output)
     found = [(number, file) for number, source in enumerate(config.sources) for file in source_files(source)]
-    parents = input_marks(config, [file for _, file in found])
+    parents = input_marks(config, found)
     named = {"output", "num_workers", "sources", "evaluation", "tokenizer", "extends", "packages", "pause_s"}
     values = config.model_dump(mode="json", exclude=named)
     sources = [source.model_dump(mode="json", exclude=set(PATHS)) for source in config.sources]
@@ -242,10 +242,12 @@ def build_corpus(config: BuildConfig) -> Manifest:
     return finish(build, config, plan, mark, parents, first_ids)
 
 
-def input_marks(config: BuildConfig, files: Sequence[Store]) -> dict[str, str]:
-    """Fingerprints of all that is read, by content."""
+def input_marks(config: BuildConfig, found: Sequence[tuple[int, Store]]) -> dict[str, str]:
+    """Fingerprints of all that is read, by content; `found` are the files, each with the number of its source."""
+    files = [file for _, file in found]
     beside = [Store.at(source.translations) for source in config.sources if source.translations]
-    beside += [only_file(source.originals) for source in config.sources if source.originals]
+    translated = [(file, config.sources[number]) for number, file in found if config.sources[number].originals]
+    beside += {store.path: store for store in (originals_of(file, source) for file, source in translated)}.values()
     marks = {"texts": fingerprint(files=[content_mark(file) for file in [*files, *beside]])}
     if config.evaluation:
         marks["evaluation"] = fingerprint(files=[content_mark(Store.at(path)) for path in config.evaluation])
@@ -767,7 +769,9 @@ def shown_paths(config: BuildConfig) -> dict[str, Any]:
 def located(source: SourceConfig, config: BuildConfig) -> SourceConfig:
     """A source with the paths that the user meant; what a hub or a package registry has is fetched first."""
     paths = {name: getattr(source, name) for name in PATHS}
-    return source.model_copy(update={key: located_path(path, source, config) for key, path in paths.items() if path})
+    beside = {"originals"} if source.originals and "/" not in source.originals else set()
+    found = {key: located_path(path, source, config) for key, path in paths.items() if path and key not in beside}
+    return source.model_copy(update=found)
 
 
 def located_path(path: str, source: SourceConfig, config: BuildConfig) -> str:

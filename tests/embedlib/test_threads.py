@@ -1,10 +1,13 @@
+import os
+import sys
 import threading
+import types
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from embedlib.threads import side_by_side
+from embedlib.threads import cores, in_threads, side_by_side, use_cores
 
 
 @pytest.fixture
@@ -37,3 +40,16 @@ def test_an_error_comes_through_and_the_cores_come_back(four_cores: None) -> Non
         side_by_side(fail, range(3), 3)
     assert torch.get_num_threads() == 4
     assert side_by_side(str, [], 3) == []
+
+
+def test_the_cores_are_known_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch")
+    for limit, expected in (("", os.cpu_count()), ("3", 3), ("4,2", 4), ("all", os.cpu_count())):
+        monkeypatch.setenv("OMP_NUM_THREADS", limit)
+        assert cores() == expected
+    use_cores(5)
+    assert cores() == 5
+    monkeypatch.setitem(sys.modules, "torch", types.ModuleType("torch"))  # as while it is imported
+    assert cores() == 5
+    use_cores(6)
+    assert in_threads(lambda _: cores(), range(3), 3) == [6] * 3

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from embedlib.artifact import Manifest, model_fingerprint
 from embedlib.errors import ConfigError
@@ -21,7 +20,7 @@ TEXTS = ["the cat is small", "das Haus ist hier", "水很小"]
 
 
 def load(directory: Path, **values: Any) -> ModelServer:
-    return ModelServer.load(ModelConfig(path=str(directory), backend="torch-float32", **values), torch.device("cpu"))
+    return ModelServer.load(ModelConfig(path=str(directory), backend="torch-float32", **values), "cpu")
 
 
 def ask(server: ModelServer, *calls: Call) -> Sequence[Answer | Refusal]:
@@ -44,6 +43,21 @@ def test_calls_at_once_each_get_their_own_vectors(tiny_encoder: Path, tiny_texts
         assert answer.fingerprint == model_fingerprint(tiny_encoder)
     counted = {metric.name: metric for metric in server.collect()}
     assert counted["embedlib_sequences"].samples[0].value == len(tiny_texts)
+
+
+@pytest.mark.slow
+def test_an_exported_model_answers_64_at_once(tiny_encoder: Path, tiny_texts: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="openvino is not installed: no exported model is served")
+    sample = tmp_path / "sample.txt"
+    sample.write_text("\n".join(tiny_texts[:50]))
+    server = ModelServer.load(
+        ModelConfig(path=str(tiny_encoder), backend="openvino-float32", sample=str(sample)), "cpu"
+    )
+    shares = [tiny_texts[number::64] or TEXTS for number in range(64)]
+    encoder = load(tiny_encoder).encoder
+    for texts, answer in zip(shares, ask(server, *map(Call, shares)), strict=True):
+        assert isinstance(answer, Answer)
+        np.testing.assert_allclose(answer.vectors, encoder.encode(texts), atol=1e-5)
 
 
 def test_long_texts_in_a_thread_are_tokenised_alike(tiny_encoder: Path, tiny_texts: list[str]) -> None:
@@ -107,7 +121,7 @@ def test_calibration_comes_from_vectors_of_the_same_model(tiny_encoder: Path, tm
 
 def test_a_quick_backend_is_measured_before_it_serves(tiny_encoder: Path) -> None:
     with pytest.raises(ConfigError, match="sample: none"):
-        ModelServer.load(ModelConfig(path=str(tiny_encoder), backend="openvino-float32"), torch.device("cpu"))
+        ModelServer.load(ModelConfig(path=str(tiny_encoder), backend="openvino-float32"), "cpu")
 
 
 def test_a_wedged_model_shows(tiny_encoder: Path) -> None:
