@@ -46,6 +46,7 @@ from embedlib.sources import (
     rejected_table,
 )
 from embedlib.storage import Store, user_directory, user_path
+from embedlib.threads import use_cores
 from embedlib.wheels import cache_directory
 from jobs.metrics import RunReport
 from jobs.parts import claim, content_mark, missing_parts, part_name, write_parquet
@@ -200,7 +201,7 @@ def worker_device() -> torch.device:
     """The device of this worker, with its share of the cores."""
     device = default_device()
     if device.type == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // cpu_processes()))
+        use_cores(max(1, (os.cpu_count() or 1) // cpu_processes()))
     return device
 
 

@@ -62,6 +62,7 @@ from embedlib.evaluation.tasks import KINDS, TaskConfig, load_task, task_mark
 from embedlib.metrics import Vectors
 from embedlib.model_directory import read_prompts
 from embedlib.pretrained import pretrained_directory
+from embedlib.threads import use_cores
 from embedlib.wheels import cache_directory
 from jobs.embed import worker_device
 from jobs.runtime import Progress, artifacts_directory, connect, cpu_processes, num_gpus, quiet
@@ -416,7 +417,7 @@ def measure_on_worker(
 ) -> tuple[Footprint | None, Fertility] | Failure:
     """Ray task: what a model is and costs on this hardware, and how finely it cuts; or why that cannot be told."""
     quiet()
-    torch.set_num_threads(os.cpu_count() or 1)
+    use_cores(os.cpu_count() or 1)
     try:
         encoder, texts = Encoder.load(model.directory), sample.texts[:SPEED_TEXTS]
         footprint = measure_footprint(encoder, model.directory, texts, price_per_hour) if speed else None

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import secrets
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import ray
 
 from embedlib import errors
 from embedlib.errors import EmbedlibError
+from embedlib.threads import use_cores
 
 # A resumed Ray Data plan hangs where Ray counts two CPUs or fewer (Ray 2.60), so a local cluster counts at least four.
 MIN_LOCAL_CPUS = 4
@@ -21,11 +23,15 @@ MAX_CPU_PROCESSES = 8
 
 def connect() -> None:
     """Join the cluster this job was submitted to, or start a local one with token authentication."""
-    import torch  # not above: processes that search have no use for it, and it is most of their start
-
     quiet()
-    # Ray leaves a submitted job one thread, as it does a worker that asked for no more.
-    torch.set_num_threads(os.cpu_count() or 1)
+    join()
+    # Ray leaves a submitted job one thread, as it does a worker that asked for no more. Not before: a local cluster's
+    # workers would have the driver's environment.
+    use_cores(os.cpu_count() or 1)
+
+
+def join() -> None:
+    """Be part of a cluster, of one that is started for it where there is none."""
     if ray.is_initialized():
         return
     if os.environ.get("RAY_ADDRESS"):
@@ -54,10 +60,12 @@ def quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     import ray.data
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    if "torch" in sys.modules:  # a job without a model is to do without what models need: it is most of its start
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # jobs print their own progress
     for name in ("ray.data", "ray.train", "ray.tune", "sentence_transformers"):

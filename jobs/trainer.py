@@ -26,6 +26,7 @@ from embedlib.config import Config
 from embedlib.distillation import Step
 from embedlib.errors import ConfigError
 from embedlib.storage import Store
+from embedlib.threads import use_cores
 from embedlib.training import TrainState
 from jobs.metrics import RunReport
 from jobs.runtime import num_gpus, quiet
@@ -72,7 +73,7 @@ def start_worker() -> torch.device:
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+        use_cores(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     return device
 
 
