@@ -438,9 +438,7 @@ def _keyed_rows(file: Store, source: SourceConfig, max_bytes: int) -> Iterator[R
     """The texts of a catalogue: each beside its original, its English key or its title, or in the group of its key."""
     try:
         entries = list(_entries(file, source))
-        originals = (
-            {entry.key: entry for entry in _entries(originals_of(file, source), source)} if source.originals else None
-        )
+        originals = _originals(originals_of(file, source), source) if source.originals else None
     except (DataError, RecursionError, UnicodeDecodeError) as error:
         yield Broken(f"no {source.format}", str(error).encode()).row
         return
@@ -459,6 +457,18 @@ def _keyed_rows(file: Store, source: SourceConfig, max_bytes: int) -> Iterator[R
                 yield RawRow(english, "en", entry.text, source.lang or entry.lang)
             elif entry.text:
                 yield RawRow(entry.text, source.lang or entry.lang, group=_group_of(file, source, entry.key))
+
+
+_read_last: dict[tuple[str, Format | None, str], dict[str, Entry]] = {}
+
+
+def _originals(file: Store, source: SourceConfig) -> dict[str, Entry]:
+    """The texts of the file of originals by key, read once for all the files beside it that come next."""
+    mark = str(file), source.format, str(file.info.mtime)
+    if mark not in _read_last:
+        _read_last.clear()
+        _read_last[mark] = {entry.key: entry for entry in _entries(file, source)}
+    return _read_last[mark]
 
 
 def _group_of(file: Store, source: SourceConfig, key: str) -> str:
