@@ -10,30 +10,40 @@ from typing import BinaryIO
 
 from embedlib.errors import DataError
 
+# RuntimeError: a member is encrypted; NotImplementedError: packed in a way that Python does not know.
+UNREADABLE = (
+    *(tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
+    *(OSError, ValueError, EOFError, RuntimeError, NotImplementedError),
+)
+# Nothing that is text is larger.
+LARGEST_MEMBER = 1 << 26
+
 
 def members_of(archive: BinaryIO, name: str) -> Iterator[tuple[str, bytes]]:
-    """The files in a wheel, an npm tarball or a Debian package, by name; links are no files.
+    """The files in a wheel, an npm tarball or a Debian package, by name.
 
-    Raises DataError, with the archive's `name`, where it cannot be read.
+    Links are no files, and what is too large for text is left out. Raises DataError, with the archive's `name`, where
+    it cannot be read.
     """
     magic = archive.read(8)
     archive.seek(0)
     try:
         if magic.startswith(b"PK"):
             with zipfile.ZipFile(archive) as wheel:
-                yield from ((info.filename, wheel.read(info)) for info in wheel.infolist() if not info.is_dir())
+                found = (info for info in wheel.infolist() if not info.is_dir() and info.file_size <= LARGEST_MEMBER)
+                yield from ((info.filename, wheel.read(info)) for info in found)
         elif magic == b"!<arch>\n":
             yield from _debian_members(archive)
         else:
             with tarfile.open(fileobj=archive) as tarball:
                 yield from _tar_members(tarball)
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, ValueError, EOFError) as error:
+    except UNREADABLE as error:
         raise DataError(f"{name}: no archive that Python can read: {error}") from error
 
 
 def _tar_members(tarball: tarfile.TarFile) -> Iterator[tuple[str, bytes]]:
     for member in tarball:
-        content = tarball.extractfile(member) if member.isfile() else None
+        content = tarball.extractfile(member) if member.isfile() and member.size <= LARGEST_MEMBER else None
         if content is not None:
             yield member.name.removeprefix("./"), content.read()
 

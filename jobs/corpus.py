@@ -14,7 +14,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
+from math import ceil
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +30,7 @@ from embedlib.artifact import MANIFEST_NAME, Manifest, fingerprint, hash_file, p
 from embedlib.balancing import BalanceConfig, quotas, targets
 from embedlib.corpus_statistics import Statistics, measurements_of, token_counts
 from embedlib.errors import ArtifactError, ConfigError, DataError, EmbedlibError
-from embedlib.hashing import Hashes, loose_keys, partition_of
+from embedlib.hashing import Hashes, Words, loose_keys, partition_of
 from embedlib.hub_datasets import SCHEME, downloaded
 from embedlib.minhash import band_hashes, candidates, overlap
 from embedlib.partitions import (
@@ -50,7 +51,16 @@ from embedlib.partitions import (
     without_copies,
     write_batches,
 )
-from embedlib.reading import RAW, SourceConfig, convert, originals_of, read_raw, source_files
+from embedlib.reading import (
+    RAW,
+    SourceConfig,
+    convert,
+    is_beside,
+    language_of_path,
+    originals_of,
+    read_raw,
+    source_files,
+)
 from embedlib.refining import KEPT, RefineConfig, Refined, Unreadable, evaluation_hashes, refine
 from embedlib.registry_corpus import Package
 from embedlib.registry_corpus import located as located_package
@@ -71,6 +81,7 @@ WORK = "work"
 MOST_TOGETHER, TURNS_A_WORKER = 64, 16
 # So many hashes of an earlier corpus take the memory of one row.
 EARLIER_ROWS = 8
+SAMPLED_PARTS, SAMPLED_ROWS = 8, 256
 
 
 class BuildConfig(RefineConfig):
@@ -244,11 +255,13 @@ def build_corpus(config: BuildConfig) -> Manifest:
 
 def input_marks(config: BuildConfig, found: Sequence[tuple[int, Store]]) -> dict[str, str]:
     """Fingerprints of all that is read, by content; `found` are the files, each with the number of its source."""
-    files = [file for _, file in found]
     beside = [Store.at(source.translations) for source in config.sources if source.translations]
     translated = [(file, config.sources[number]) for number, file in found if config.sources[number].originals]
     beside += {store.path: store for store in (originals_of(file, source) for file, source in translated)}.values()
-    marks = {"texts": fingerprint(files=[content_mark(file) for file in [*files, *beside]])}
+    # A file's name says its format and may say its language, and its source the rest.
+    named = [(number, PurePosixPath(file.path).name, language_of_path(file.path)) for number, file in found]
+    contents = [content_mark(file) for file in [*(file for _, file in found), *beside]]
+    marks = {"texts": fingerprint(files=contents, names=named)}
     if config.evaluation:
         marks["evaluation"] = fingerprint(files=[content_mark(Store.at(path)) for path in config.evaluation])
     if config.tokenizer:
@@ -301,15 +314,26 @@ def converted(
     parts = plan_parts(files, config.rows_per_part)
     if not parts:
         raise DataError(f"sources: none of {len(targets)} files has a row")
-    rows = sum(part.num_rows for part in parts)
-    rows += sum(earlier.measurements["next_ids"]) // EARLIER_ROWS if earlier else 0
-    num_partitions = max(1, -(-rows // config.rows_per_partition))
+    rows = sum(part.num_rows for part in parts) * texts_a_row(build._replace(parts=parts), config)
+    rows += sum(earlier.measurements["next_ids"]) / EARLIER_ROWS if earlier else 0
+    num_partitions = max(1, ceil(rows / config.rows_per_partition))
     evaluation = output / WORK / "evaluation.arrow"
     if not evaluation.exists():
         texts = (text for path in config.evaluation for text in strings_of(Store.at(path)))
         hashes = evaluation_hashes(list(texts), config.split_sentences)
         write_batches(evaluation, [pa.table({"hash": hashes})], {})
     return build._replace(parts=parts, num_partitions=num_partitions)
+
+
+def texts_a_row(build: Build, config: BuildConfig) -> float:
+    """How many rows a raw one becomes, its sentences and its translation, by the first rows of some parts."""
+    readable = [part for part in build.parts if not part.problem]
+    rows, added = 0, 0
+    for part in readable[:: max(1, len(readable) // SAMPLED_PARTS)]:
+        raw = read_part(build, config, part).slice(0, SAMPLED_ROWS)
+        rows += len(raw)
+        added += refine(raw, config.refining, part.source, np.empty(0, np.uint64)).added
+    return (rows + added) / max(rows, 1)
 
 
 def strings_of(file: Store) -> Iterator[str]:
@@ -551,10 +575,19 @@ def answer_partition(build: Build, number: int) -> int:
     asked = all_of(build.work / "pairs", build.num_partitions, number)
     pairs = np.unique(np.stack([asked["high"].to_numpy(), asked["row"].to_numpy()], axis=1), axis=0)
     rows = settled_rows(build.work / "distinct", number).sort_by("high")
-    keys = loose_keys(texts_of(rows)).take(pa.array(np.searchsorted(rows["high"].to_numpy(), pairs[:, 0])))
-    answers = pa.table({"high": pairs[:, 1], "text": keys})
-    write_batches(build.work / "answers" / part_name(number, ARROW), partitioned(answers, build.num_partitions), {})
-    return len(answers)
+    places = np.searchsorted(rows["high"].to_numpy(), pairs[:, 0])
+    keys = loose_keys(texts_of(rows))
+    asking = partitioned(pa.table({"high": pairs[:, 1], "place": places}), build.num_partitions)
+    answers = [answers_of(keys, some["place"].to_numpy(), some["high"].to_numpy()) for some in asking]
+    write_batches(build.work / "answers" / part_name(number, ARROW), answers, {})
+    return len(pairs)
+
+
+def answers_of(keys: pa.Array, places: npt.NDArray[np.int64], rows: Words) -> pa.Table:
+    """Each text once, with all the rows that ask for it; `places` of the texts in `keys`, in order."""
+    asked, begins = np.unique(places, return_index=True)
+    offsets = pa.array(np.append(begins, len(places)), pa.int32())
+    return pa.table({"text": keys.take(pa.array(asked)), "rows": pa.ListArray.from_arrays(offsets, pa.array(rows))})
 
 
 def part_partition(build: Build, number: int) -> int:
@@ -562,7 +595,7 @@ def part_partition(build: Build, number: int) -> int:
     config = BuildConfig.model_validate(build.config)
     rows = settled_rows(build.work / "distinct", number).sort_by([("high", "ascending"), ("low", "ascending")])
     reasons = {
-        IN_TWO_SPLITS: pc.fill_null(pc.is_in(rows["group"], pa.array(torn_groups(build), pa.uint64())), False),
+        IN_TWO_SPLITS: torn_rows(rows, torn_groups(build)),
         NEAR_DUPLICATE: pa.array(near_duplicates(build, config.near_duplicates, rows, number)),
     }
     dropped = read_statistics(build.work / "distinct" / part_name(number, ARROW))["dropped"]
@@ -574,6 +607,12 @@ def part_partition(build: Build, number: int) -> int:
     apart = rows.filter(pc.invert(gone))
     write_settled(build.work / "apart" / part_name(number, ARROW), apart, config.shares, dropped, {})
     return len(apart)
+
+
+def torn_rows(rows: pa.Table, groups: list[int]) -> pa.ChunkedArray:
+    """Which rows are in one of the groups, or are the text that it is called after and have another group as well."""
+    torn = pa.array(groups, pa.uint64())
+    return pc.or_(pc.fill_null(pc.is_in(rows["group"], torn), False), pc.is_in(rows["high"], torn))
 
 
 def torn_groups(build: Build) -> list[int]:
@@ -589,11 +628,12 @@ def near_duplicates(build: Build, threshold: float | None, rows: pa.Table, numbe
     if threshold is None:
         return found
     answers = all_of(build.work / "answers", build.num_partitions, number)
-    places = np.searchsorted(rows["high"].to_numpy(), answers["high"].to_numpy())
-    own = loose_keys(texts_of(rows))
-    for place, other in zip(places.tolist(), answers["text"].to_pylist(), strict=True):
-        if not found[place]:
-            found[place] = overlap(own[place].as_py(), other) >= threshold
+    highs, own = rows["high"].to_numpy(), loose_keys(texts_of(rows))
+    for text, asking in zip(answers["text"], answers["rows"], strict=True):
+        other = text.as_py()
+        for place in np.searchsorted(highs, asking.values.to_numpy()).tolist():
+            if not found[place]:
+                found[place] = overlap(own[place].as_py(), other) >= threshold
     return found
 
 
@@ -769,7 +809,7 @@ def shown_paths(config: BuildConfig) -> dict[str, Any]:
 def located(source: SourceConfig, config: BuildConfig) -> SourceConfig:
     """A source with the paths that the user meant; what a hub or a package registry has is fetched first."""
     paths = {name: getattr(source, name) for name in PATHS}
-    beside = {"originals"} if source.originals and "/" not in source.originals else set()
+    beside = {"originals"} if source.originals and is_beside(source.originals) else set()
     found = {key: located_path(path, source, config) for key, path in paths.items() if path and key not in beside}
     return source.model_copy(update=found)
 

@@ -231,8 +231,21 @@ def test_paragraphs_of_a_manual_lie_beside_those_of_the_same_id(tmp_path: Path) 
     )
     passages = SourceConfig(name="s", path=english, format="manual", passages=True)
     assert list(read_rows(Store.at(english), passages, 100)) == [RawRow("Circles", "en", "Draw bold & end.", "en")] * 2
-    (tmp_path / "hi.deb").write_bytes(b"!<arch>\n")
-    assert [row.reason for row in read_rows(Store.at(hindi), passages, 100)] == ["no manual"]
+    for broken in (b"!<arch>\n", b"PK\x03\x04", debian(FILES)[:200], b""):
+        (tmp_path / "hi.deb").write_bytes(broken)
+        assert [row.reason for row in read_rows(Store.at(hindi), passages, 100)] == ["no manual"]
+
+
+@pytest.mark.parametrize("names", [("menu/de.json", "menu/en.json"), ("menu.de.json", "menu.en.json")])
+def test_messages_of_one_catalogue_are_in_one_group(tmp_path: Path, names: tuple[str, str]) -> None:
+    groups = []
+    for name, text in zip(names, ("Hallo", "Hello"), strict=True):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"a": text}))
+        (row,) = read_rows(Store.at(str(path)), SourceConfig(name="s", path=str(path), format="messages"), 100)
+        groups.append(row.group)
+    assert groups == ["menu:a", "menu:a"]
 
 
 def test_messages_lie_beside_those_of_the_same_key(tmp_path: Path) -> None:

@@ -282,6 +282,27 @@ def test_a_corpus_grows_in_other_partitions(
     assert second.measurements["reasons"] == {"in an earlier generation": first.measurements["kept"]}
 
 
+def test_a_renamed_file_is_another_input(tmp_path: Path, without_ray: Callable[..., None]) -> None:
+    """Its name says what format it has, and may say its language."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("".join(f"{sentence(number)}\n" for number in range(40)))
+    build_corpus(config_for(tmp_path / "in", tmp_path / "out", evaluation=[]))
+    (tmp_path / "in" / "a.txt").rename(tmp_path / "in" / "a.jsonl")
+    with pytest.raises(ArtifactError, match="out"):
+        build_corpus(config_for(tmp_path / "in", tmp_path / "out", evaluation=[]))
+
+
+def test_sentences_and_not_documents_fill_partitions(tmp_path: Path, without_ray: Callable[..., None]) -> None:
+    documents = [" ".join(sentence(number * 20 + place) for place in range(20)) for number in range(50)]
+    (tmp_path / "a.txt").write_text("\n".join(documents))
+    source = {"name": "a", "path": str(tmp_path / "a.txt"), "lang": "en"}
+    manifest = build_corpus(
+        config_for(tmp_path, tmp_path / "out", sources=[source], evaluation=[], split_sentences=True)
+    )
+    assert manifest.measurements["added"] == 950
+    assert manifest.measurements["partitions"] == 7
+
+
 def test_translations_of_an_earlier_text_stay_on_its_side(tmp_path: Path, without_ray: Callable[..., None]) -> None:
     def built(name: str, pairs: list[tuple[str, str]], **changes: Any) -> Manifest:
         lines = [json.dumps({"text": left, "right": right, "right_lang": "de"}) + "\n" for left, right in pairs]
