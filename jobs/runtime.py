@@ -14,7 +14,6 @@ import ray
 
 from embedlib import errors
 from embedlib.errors import EmbedlibError
-from embedlib.threads import use_cores
 
 # A resumed Ray Data plan hangs where Ray counts two CPUs or fewer (Ray 2.60), so a local cluster counts at least four.
 MIN_LOCAL_CPUS = 4
@@ -25,9 +24,9 @@ def connect() -> None:
     """Join the cluster this job was submitted to, or start a local one with token authentication."""
     quiet()
     join()
-    # Ray leaves a submitted job one thread, as it does a worker that asked for no more. Not before: a local cluster's
-    # workers would have the driver's environment.
-    use_cores(os.cpu_count() or 1)
+    if torch := sys.modules.get("torch"):
+        # Ray leaves a submitted job one thread, as it does a worker that asked for no more.
+        torch.set_num_threads(os.cpu_count() or 1)
 
 
 def join() -> None:

@@ -242,7 +242,7 @@ def read_sample(path: Path) -> list[str]:
 def prepared_once(directory: Path, model: str, wanted: EmbeddingConfig, texts: Sequence[str], device: str) -> Prepared:
     """What `prepare` settles, kept in the cache of this machine: a replica that starts under load need not measure."""
     versions = [version(name) for name in ("embedlib", "torch", "openvino", "onnxruntime") if find_spec(name)]
-    machine = [device, cores(), cpu_features(), versions]
+    machine = [str(device), cores(), cpu_features(), versions]
     mark = fingerprint(model=model, wanted=wanted.model_dump(mode="json"), texts=list(texts), machine=machine)
     store = Store.at(str(cache_directory() / "prepared" / f"{mark[:16]}.json"))
     with suppress(ValidationError):  # of another version

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from unicodedata import normalize
 
 import pytest
+from hypothesis import settings
 
 import jobs  # noqa: F401 (sets Ray's authentication mode, which Ray reads when it is imported)
 
@@ -126,6 +127,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks the hub is a mistake
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    settings.register_profile("embedlib", deadline=None)  # how fast a machine is is no property of the code
+    settings.load_profile("embedlib")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that wait for each other make tiny models 100 times slower
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
+from embedlib.batching import TokenIds
 from embedlib.embedding import EmbeddingConfig, Prepared, TextEmbedder, prepare
-from embedlib.encoder import Encoder
+from embedlib.encoder import Encoder, Vectors
 from embedlib.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -94,18 +96,18 @@ def test_integers_are_calibrated_on_the_sample(tiny_encoder: Path, tiny_texts: l
     assert (vectors.max(axis=0) >= 126).all()
 
 
-def test_a_vector_that_is_none_is_told(tiny_encoder: Path, tiny_texts: list[str]) -> None:
+def test_a_vector_that_is_none_is_told(
+    tiny_encoder: Path, tiny_texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = embedder(tiny_encoder)
-    compute = made.encoder.backend
+    compute = made.encoder.backend.pooled
 
-    @torch.inference_mode()
-    def broken(sequences: list[np.ndarray]) -> torch.Tensor:
-        vectors = compute(sequences).clone()
-        vectors[0] = torch.nan
+    def broken(batches: Sequence[Sequence[TokenIds]]) -> Vectors:
+        vectors = compute(batches)
+        vectors[0] = np.nan
         return vectors
 
-    broken.max_threads = 1  # type: ignore[attr-defined]
-    made.encoder.backend = broken  # type: ignore[assignment]
+    monkeypatch.setattr(made.encoder.backend, "pooled", broken)
     embedded = made.embed(tiny_texts[:5], range(5))
     assert embedded.finite.sum() == 4
     assert np.isfinite(embedded.vectors).all()

@@ -165,6 +165,7 @@ def test_a_killed_worker_changes_nothing(
     assert last_loss(tmp_path) == pytest.approx(last_loss(undisturbed), rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_killed_job_resumes_with_another_number_of_workers(
     undisturbed: Path, tiny_encoder: Path, corpus: Path, tmp_path: Path
 ) -> None:

@@ -77,6 +77,7 @@ def test_a_killed_encoder_is_started_again(
     assert table(tmp_path).equals(table(undisturbed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trial", TRIALS)
 def test_a_killed_job_resumes(undisturbed: Path, corpus: Path, tiny_encoder: Path, tmp_path: Path, trial: int) -> None:
     moment = random.Random(trial).randint(1, 30)
@@ -113,6 +114,7 @@ def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]
     subprocess.run(["umount", "--lazy", tmp_path], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing(undisturbed: Path, corpus: Path, tiny_encoder: Path, small_disk: Path) -> None:
     with pytest.raises(ArtifactError, match=r"part-\d{6}\.parquet: could not be written: .*No space left on device"):
         run(corpus, small_disk, tiny_encoder)

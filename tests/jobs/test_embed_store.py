@@ -48,6 +48,7 @@ def table_of(output: Store) -> pa.Table:
     return pa.concat_tables(parts)
 
 
+@pytest.mark.slow
 def test_vectors_in_an_object_store_are_those_on_disk(
     ray_cluster: None, bucket: str, tiny_encoder: Path, tiny_corpus: Path, tmp_path: Path
 ) -> None:

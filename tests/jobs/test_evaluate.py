@@ -121,6 +121,7 @@ def test_a_task_that_cannot_be_read_leaves_the_others(evaluated: Evaluation) -> 
     assert evaluated.footprints["teacher"].cost_per_million is not None
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_model_without_finite_vectors_is_told_of_and_the_others_finish(

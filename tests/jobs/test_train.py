@@ -93,6 +93,7 @@ def test_a_rerun_skips_everything_and_another_objective_only_trains(
     assert {path: path.stat().st_mtime_ns for path in trained.rglob("manifest.json")} == times
 
 
+@pytest.mark.slow
 def test_a_killed_worker_loses_and_repeats_nothing(
     trained: Path, tmp_path: Path, tiny_encoder: Path, pairs: str
 ) -> None:

@@ -106,7 +106,7 @@ def processes(deployment: str) -> set[int]:
     return {int(directory.name) for directory in Path("/proc").glob("[0-9]*") if name in read(directory / "cmdline")}
 
 
-@pytest.mark.parametrize("deployment", ["full", "gateway"])
+@pytest.mark.parametrize("deployment", [pytest.param("full", marks=pytest.mark.slow), "gateway"])
 def test_a_killed_process_costs_no_answer(
     url: str, deployment: str, tiny_encoder: Path, encoder: Encoder, tiny_texts: list[str]
 ) -> None:
@@ -121,6 +121,7 @@ def test_a_killed_process_costs_no_answer(
     assert victim not in processes(deployment)
 
 
+@pytest.mark.slow
 def test_a_new_version_of_a_model_costs_no_request(
     url: str,
     tiny_encoder: Path,
