@@ -12,6 +12,7 @@ from embedlib.archives import members_of
 from embedlib.errors import DataError
 
 PARAGRAPHS = {"p", "li", "dt", "dd", "td", "th", "caption", "h1", "h2", "h3", "h4", "h5", "h6"}
+CHARSET = re.compile(rb"charset=([\w.:-]+)")
 BULLET = re.compile(r"\s+[*\-+o•·]\s+")
 
 
@@ -29,13 +30,24 @@ def read_gettext(content: bytes, path: str) -> dict[str, str]:
         count, ids_at, texts_at = struct.unpack_from(order + "3I", content, 8)
         ids = struct.unpack_from(f"{order}{2 * count}I", content, ids_at)
         texts = struct.unpack_from(f"{order}{2 * count}I", content, texts_at)
+        places = list(zip(ids[::2], ids[1::2], texts[::2], texts[1::2], strict=True))
+        # The translation of nothing is the catalogue's header.
+        encoding = charset_of(next((content[at : at + length] for size, _, length, at in places if not size), b""))
         return {
-            content[id_at : id_at + id_length].decode(): content[at : at + length].decode().rpartition("\0")[2]
-            for id_length, id_at, length, at in zip(ids[::2], ids[1::2], texts[::2], texts[1::2], strict=True)
+            content[id_at : id_at + id_length].decode(encoding): content[at : at + length]
+            .decode(encoding)
+            .rpartition("\0")[2]
+            for id_length, id_at, length, at in places
             if id_length
         }
-    except (struct.error, UnicodeDecodeError) as error:
+    except (struct.error, UnicodeDecodeError, LookupError) as error:
         raise DataError(f"{path}: not a readable gettext catalogue: {error}") from error
+
+
+def charset_of(header: bytes) -> str:
+    """The encoding that the header of a gettext catalogue names; UTF-8 where it names none."""
+    found = CHARSET.search(header)
+    return found[1].decode() if found else "utf-8"
 
 
 def english_of_gettext_id(message_id: str) -> str:

@@ -24,7 +24,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
-from embedlib.catalogues import english_of_gettext_id, read_descriptions, read_gettext, read_json, read_manual
+from embedlib.catalogues import (
+    charset_of,
+    english_of_gettext_id,
+    read_descriptions,
+    read_gettext,
+    read_json,
+    read_manual,
+)
 from embedlib.config import Config
 from embedlib.errors import DataError
 from embedlib.languages import canonical
@@ -406,14 +413,14 @@ def _catalogue_rows(file: Store, source: SourceConfig, max_bytes: int) -> Iterat
         if source.format_of(file) == "mo":
             messages = [(english_of_gettext_id(key), text) for key, text in read_gettext(content, str(file)).items()]
         else:
-            catalogue = polib.pofile(content.decode("utf-8-sig"))
+            catalogue = polib.pofile(content.removeprefix(codecs.BOM_UTF8).decode(charset_of(content)))
             lang = source.right_lang or _language_of_header(catalogue.metadata.get("Language", "")) or lang
             # Of plural forms the last, which is the general one.
             messages = [
                 (entry.msgid_plural or entry.msgid, [entry.msgstr, *entry.msgstr_plural.values()][-1])
                 for entry in catalogue.translated_entries()
             ]
-    except (DataError, UnicodeDecodeError, OSError, ValueError) as error:
+    except (DataError, UnicodeDecodeError, OSError, ValueError, LookupError) as error:
         yield Broken("no gettext catalogue", str(error).encode()).row
         return
     for english, text in messages:

@@ -198,6 +198,17 @@ def test_moses_pairs(tmp_path: Path) -> None:
         SourceConfig(name="s", path="a", format="moses")
 
 
+def test_gettext_catalogues_name_their_encoding(tmp_path: Path) -> None:
+    old = polib.POFile(encoding="iso-8859-1")
+    old.metadata = {"Content-Type": "text/plain; charset=ISO-8859-1", "Language": "de"}
+    old.append(polib.POEntry(msgid="open", msgstr="öffnen"))
+    old.save(str(tmp_path / "de.po"))
+    old.save_as_mofile(str(tmp_path / "de.mo"))
+    assert "öffnen".encode("latin-1") in (tmp_path / "de.mo").read_bytes()
+    for name in ("de.po", "de.mo"):
+        assert rows(tmp_path / name) == [RawRow("open", "en", "öffnen", "de")]
+
+
 def test_gettext_catalogues(tmp_path: Path) -> None:
     path = tmp_path / "xx.po"
     path.write_text(PO)
