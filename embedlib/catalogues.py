@@ -1,5 +1,6 @@
 """Catalogues of translated texts: compiled gettext files, JSON, descriptions of Debian's packages, manuals in HTML."""
 
+import codecs
 import json
 import re
 import struct
@@ -12,7 +13,7 @@ from embedlib.archives import members_of
 from embedlib.errors import DataError
 
 PARAGRAPHS = {"p", "li", "dt", "dd", "td", "th", "caption", "h1", "h2", "h3", "h4", "h5", "h6"}
-CHARSET = re.compile(rb"charset=([\w.:-]+)")
+CHARSET = re.compile(rb"Content-Type:[^\n]*charset=([\w.:-]+)")
 BULLET = re.compile(r"\s+[*\-+o•·]\s+")
 
 
@@ -40,14 +41,17 @@ def read_gettext(content: bytes, path: str) -> dict[str, str]:
             for id_length, id_at, length, at in places
             if id_length
         }
-    except (struct.error, UnicodeDecodeError, LookupError) as error:
+    except (struct.error, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a readable gettext catalogue: {error}") from error
 
 
 def charset_of(header: bytes) -> str:
-    """The encoding that the header of a gettext catalogue names; UTF-8 where it names none."""
+    """The encoding that the header of a gettext catalogue names; UTF-8 where it names none, as templates do."""
     found = CHARSET.search(header)
-    return found[1].decode() if found else "utf-8"
+    try:
+        return codecs.lookup(found[1].decode()).name if found else "utf-8"
+    except LookupError:
+        return "utf-8"
 
 
 def english_of_gettext_id(message_id: str) -> str:

@@ -420,7 +420,7 @@ def _catalogue_rows(file: Store, source: SourceConfig, max_bytes: int) -> Iterat
                 (entry.msgid_plural or entry.msgid, [entry.msgstr, *entry.msgstr_plural.values()][-1])
                 for entry in catalogue.translated_entries()
             ]
-    except (DataError, UnicodeDecodeError, OSError, ValueError, LookupError) as error:
+    except (DataError, UnicodeDecodeError, OSError, ValueError) as error:
         yield Broken("no gettext catalogue", str(error).encode()).row
         return
     for english, text in messages:

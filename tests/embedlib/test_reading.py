@@ -209,6 +209,12 @@ def test_gettext_catalogues_name_their_encoding(tmp_path: Path) -> None:
         assert rows(tmp_path / name) == [RawRow("open", "en", "öffnen", "de")]
 
 
+def test_a_template_without_an_encoding_is_utf_8(tmp_path: Path) -> None:
+    header = 'msgid ""\nmsgstr "Content-Type: text/plain; charset=CHARSET\\n"\n\n'
+    (tmp_path / "de.po").write_text(header + 'msgid "charset=latin-1"\nmsgstr "öffnen"\n')
+    assert rows(tmp_path / "de.po") == [RawRow("charset=latin-1", "en", "öffnen", "de")]
+
+
 def test_gettext_catalogues(tmp_path: Path) -> None:
     path = tmp_path / "xx.po"
     path.write_text(PO)
