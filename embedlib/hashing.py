@@ -4,7 +4,7 @@ With `n` texts two different ones share a hash with a probability of about n² /
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +56,12 @@ def loose_keys(texts: pa.Array) -> pa.Array:
     keys = pc.replace_substring_regex(pc.utf8_lower(texts), NOISE, "")
     # A text of signs alone would be equal to every other such text.
     return pc.if_else(pc.equal(keys, ""), texts, keys)
+
+
+def run_begins(*columns: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Which rows differ from the one before them in any of the columns, (rows,); the first row does."""
+    differs = np.any([column[1:] != column[:-1] for column in columns], axis=0)
+    return np.append(True, differs)[: len(columns[0])]
 
 
 def partition_of(high: Words, num_partitions: int) -> npt.NDArray[np.int64]:

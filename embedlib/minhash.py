@@ -9,7 +9,7 @@ import pyarrow as pa
 import xxhash
 from rensa import RMinHash
 
-from embedlib.hashing import Words, loose_keys
+from embedlib.hashing import Words, loose_keys, run_begins
 
 PIECE = 5
 SIGNATURE = 128
@@ -65,7 +65,7 @@ def candidates(bands: Words, rows: Words) -> Words:
     """Pairs of rows that share a band, (pairs, 2): each with the lowest of its band and with the one right below it."""
     order = np.lexsort((rows, bands))
     bands, rows = bands[order], rows[order]
-    begins = np.append(True, bands[1:] != bands[:-1])[: len(rows)]
+    begins = run_begins(bands)
     lowest = rows[np.flatnonzero(begins)[np.cumsum(begins) - 1]] if len(rows) else rows
     pairs = [np.stack([rows, other], axis=1)[~begins] for other in (lowest, np.roll(rows, 1))]
     return np.unique(np.concatenate(pairs), axis=0)

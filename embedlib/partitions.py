@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedlib.errors import ArtifactError
-from embedlib.hashing import Hashes, Words, partition_of, split_of
+from embedlib.hashing import Hashes, Words, partition_of, run_begins, split_of
 from embedlib.storage import Store
 
 STATISTICS = b"embedlib.statistics"
@@ -89,9 +89,8 @@ def without_copies(rows: pa.Table) -> tuple[pa.Table, Counter[str]]:
     groups = np.asarray(pc.fill_null(rows["group"], 0)).astype(np.uint64)
     keys = [groups, known, rows["low"].to_numpy(), rows["high"].to_numpy()]
     order = np.lexsort(keys)
-    differs = np.append(True, np.any([key[order][1:] != key[order][:-1] for key in keys], axis=0))[: len(rows)]
     first = np.zeros(len(rows), np.bool_)
-    first[order[differs]] = True
+    first[order[run_begins(*(key[order] for key in keys))]] = True
     copies = rows[language_column(rows)].filter(pa.array(~first)).to_pylist()
     return rows.filter(pa.array(first)), Counter(copies)
 
@@ -125,10 +124,7 @@ def distinct_rows(rows: pa.Table, earlier: Earlier, shares: Sequence[float]) -> 
     high, low = (rows[name].to_numpy() for name in ("high", "low"))
     hashes = Hashes(np.concatenate([earlier.hashes.high, high]), np.concatenate([earlier.hashes.low, low]))
     order = np.lexsort((hashes.low, hashes.high))
-    is_first = np.append(
-        True,
-        (hashes.high[order][1:] != hashes.high[order][:-1]) | (hashes.low[order][1:] != hashes.low[order][:-1]),
-    )[: len(order)]
+    is_first = run_begins(hashes.high[order], hashes.low[order])
     texts = np.cumsum(is_first) - 1
     order = order - len(earlier.keys)
     is_new = order >= 0

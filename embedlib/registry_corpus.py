@@ -125,15 +125,14 @@ def apt_lists(languages: Sequence[str], cache: Path) -> Path:
     lists = cache / "apt" / f"{fingerprint(languages=list(languages))[:12]}-{date.today()}"
     if not lists.exists():
         with whole_directory(lists) as scratch:
-            wanted = {"Acquire::Languages": ",".join(languages) or "none", "APT::Update::Error-Mode": "any"}
-            options = [word for key, value in wanted.items() for word in ("-o", f"{key}={value}")]
-            run(["apt-get", "update", *apt_options(scratch), *options], str(scratch))
+            run(["apt-get", "update", *apt_options(scratch, languages)], str(scratch))
     return lists
 
 
-def apt_options(lists: Path) -> list[str]:
+def apt_options(lists: Path, languages: Sequence[str] = ()) -> list[str]:
     """How apt works in a directory of our own, with the sources that are configured here."""
     values = {"Dir::State::Lists": lists, "Dir::Cache": lists, "Acquire::GzipIndexes": "false"}
+    values |= {"Acquire::Languages": ",".join(languages) or "none", "APT::Update::Error-Mode": "any"}
     return ["-qq", *(word for key, value in values.items() for word in ("-o", f"{key}={value}"))]
 
 

@@ -60,9 +60,10 @@ class TorchBackend:
     """The model as it is, in PyTorch, on packed sequences where its architecture allows that."""
 
     def __init__(self, model: SentenceTransformer, dtype: torch.dtype | None) -> None:
-        self.model = model.eval().to(dtype or torch.float32)
+        dtype = dtype or torch.float32
+        self.model = model.eval().to(dtype)
         self.collate = collator(model)
-        self.name = f"torch-{str(dtype or torch.float32).removeprefix('torch.')}"
+        self.name = f"torch-{str(dtype).removeprefix('torch.')}"
         self.max_threads = MAX_THREADS if model.device.type == "cpu" else 1
 
     def pooled(self, batches: Sequence[Sequence[TokenIds]]) -> npt.NDArray[np.float32]:

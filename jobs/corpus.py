@@ -240,10 +240,12 @@ def build_corpus(config: BuildConfig) -> Manifest:
             if config.near_duplicates
             else ()
         ),
-        *((("part", part_partition, "apart"),) if build.settled != build.work / "distinct" else ()),
     ):
         missing = missing_parts(build.work / directory, build.num_partitions, ARROW)
         run_numbered(build, what, function, missing, build.num_partitions)
+    if build.settled != build.work / "distinct":
+        missing = missing_parts(build.settled, build.num_partitions, ARROW)
+        run_numbered(build, "part", partial(part_partition, torn_groups(build)), missing, build.num_partitions)
     plan = plan_shards(build, config)
     indexed = missing_parts(output / "hashes", build.num_partitions, ARROW)
     run_numbered(build, "index", partial(index_partition, plan), indexed, build.num_partitions)
@@ -590,12 +592,12 @@ def answers_of(keys: pa.Array, places: npt.NDArray[np.int64], rows: Words) -> pa
     return pa.table({"text": keys.take(pa.array(asked)), "rows": pa.ListArray.from_arrays(offsets, pa.array(rows))})
 
 
-def part_partition(build: Build, number: int) -> int:
+def part_partition(torn: list[int], build: Build, number: int) -> int:
     """Write the rows of a partition that are no near-duplicates of a lower one and tie nothing to an earlier corpus."""
     config = BuildConfig.model_validate(build.config)
     rows = settled_rows(build.work / "distinct", number).sort_by([("high", "ascending"), ("low", "ascending")])
     reasons = {
-        IN_TWO_SPLITS: torn_rows(rows, torn_groups(build)),
+        IN_TWO_SPLITS: torn_rows(rows, torn),
         NEAR_DUPLICATE: pa.array(near_duplicates(build, config.near_duplicates, rows, number)),
     }
     dropped = read_statistics(build.work / "distinct" / part_name(number, ARROW))["dropped"]
