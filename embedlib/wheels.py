@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import zipfile
+from email import message_from_bytes
 from pathlib import Path
 
 from embedlib.artifact import hash_file
@@ -53,3 +55,15 @@ def fetch_wheel(wheel: Wheel, cache: Path) -> Path:
             raise ArtifactError(f"{wheel.requirement}: wheel has SHA-256 {found}; expected {wheel.sha256}")
         downloaded.replace(stored)
     return stored
+
+
+def wheel_licence(path: Path) -> str | None:
+    """The licence that a wheel's metadata name in a few words; none where they name none, or only quote its text."""
+    with zipfile.ZipFile(path) as archive:
+        member = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = message_from_bytes(archive.read(member))
+    for name in (metadata["License-Expression"], metadata["License"]):
+        if name and "\n" not in name:
+            return str(name)
+    known = [each for each in metadata.get_all("Classifier", []) if each.startswith("License :: ")]
+    return str(known[0]).rpartition(" :: ")[2] if known else None

@@ -43,7 +43,7 @@ from embedlib.evaluation.evaluation_report import (
     read_evaluation,
     write_evaluation,
 )
-from embedlib.evaluation.footprint import Footprint, measure_footprint
+from embedlib.evaluation.footprint import Footprint, measure_footprint, middle_of
 from embedlib.evaluation.languages import language_of
 from embedlib.evaluation.model_card import push_model, write_model_card
 from embedlib.evaluation.mteb_encoder import CachedEncoder, VectorCache, prompt_for
@@ -69,6 +69,7 @@ from jobs.runtime import Progress, artifacts_directory, connect, cpu_processes, 
 
 SAMPLE_TEXTS = 2000
 SPEED_TEXTS = 750
+SPEED_RUNS = 3
 
 
 class EvaluateConfig(Config):
@@ -221,8 +222,8 @@ def scores_directory(model: Model, unit: Unit) -> Path:
 
 
 def find_models(config: EvaluateConfig) -> list[Model]:
-    """The models with their fingerprints; the arithmetic is part of these."""
-    computed = str(torch_dtype(config.dtype, default_device()))
+    """The models with their fingerprints; the arithmetic, that of the workers' device, is part of these."""
+    computed = str(torch_dtype(config.dtype, torch.device("cuda") if num_gpus() else default_device()))
     models: list[Model] = []
     for name, given in config.models.items():
         source, _, cut = given.partition("@")
@@ -354,19 +355,23 @@ def check_sample(path: str) -> None:
 
 
 def read_sample(config: EvaluateConfig, units: Sequence[Unit]) -> Sample:
-    """The texts of `config.texts`, or texts of the tasks, at most SAMPLE_TEXTS distinct ones in an order of chance."""
+    """The texts of `config.texts`, or texts of the tasks, at most SAMPLE_TEXTS distinct ones in an order of chance.
+
+    Texts that translate each other come together: one without the others shows nothing of how languages meet.
+    """
     if config.texts:
         rows = pq.read_table(config.texts).to_pylist()
     else:
         rows = [row for unit in units if unit.config for row in texts_of(unit)]
     distinct = {row["text"]: row for row in rows if row["text"] and row["text"].strip()}
-    order = np.random.default_rng(config.seed).permutation(len(distinct))[:SAMPLE_TEXTS]
-    kept = list(distinct.values())
-    chosen = [kept[place] for place in order.tolist()]
+    groups = [-1 if row.get("group") is None else row["group"] for row in distinct.values()]
+    ties = np.array([group if group >= 0 else -1 - place for place, group in enumerate(groups)], np.int64)
+    _, members = np.unique(ties, return_inverse=True)
+    turn = np.random.default_rng(config.seed).permutation(len(distinct))[members]
+    kept = list(zip(distinct.values(), groups, strict=True))
+    chosen = [kept[place] for place in np.argsort(turn, kind="stable")[:SAMPLE_TEXTS].tolist()]
     return Sample(
-        [row["text"] for row in chosen],
-        [row.get("lang") or "und" for row in chosen],
-        [-1 if row.get("group") is None else row["group"] for row in chosen],
+        [row["text"] for row, _ in chosen], [row.get("lang") or "und" for row, _ in chosen], [g for _, g in chosen]
     )
 
 
@@ -404,26 +409,43 @@ def compare_texts(vectors: Mapping[str, Vectors], baseline: str, sample: Sample)
 
 
 def measure_models(
-    config: EvaluateConfig, models: Sequence[Model], sample: Sample
-) -> dict[str, tuple[Footprint | None, Fertility] | Failure]:
-    """Size, speed and tokens a word of each model, one after another, each in a process of its own with all cores."""
-    gpus = 1 if num_gpus() else 0
-    remote = ray.remote(num_cpus=1, num_gpus=gpus, max_calls=1)(measure_on_worker)
-    return {model.name: ray.get(remote.remote(model, sample, config.speed, config.price_per_hour)) for model in models}
+    models: Sequence[Model], texts: Sequence[str], price_per_hour: float | None
+) -> dict[str, Footprint | Failure]:
+    """Size and speed of each model, measured in turns: a machine that slows down or is shared does so for all."""
+    remote = ray.remote(num_cpus=1, num_gpus=1 if num_gpus() else 0, max_calls=1)(measure_on_worker)
+    progress = Progress("speed", SPEED_RUNS * len(models), "runs")
+    runs: dict[str, list[Footprint]] = {model.name: [] for model in models}
+    failures: dict[str, Footprint | Failure] = {}
+    for turn in range(SPEED_RUNS):
+        for place, model in enumerate(models, 1):
+            if model.name not in failures:
+                found = ray.get(remote.remote(model, texts))
+                if isinstance(found, Failure):
+                    failures[model.name] = found
+                else:
+                    runs[model.name].append(found)
+            progress.update(turn * len(models) + place, model.name)
+    whole = {name: found for name, found in runs.items() if name not in failures}
+    return failures | {name: middle_of(found, price_per_hour) for name, found in whole.items()}
 
 
-def measure_on_worker(
-    model: Model, sample: Sample, speed: bool, price_per_hour: float | None
-) -> tuple[Footprint | None, Fertility] | Failure:
-    """Ray task: what a model is and costs on this hardware, and how finely it cuts; or why that cannot be told."""
+def measure_on_worker(model: Model, texts: Sequence[str]) -> Footprint | Failure:
+    """Ray task in a process of its own with all cores: what a model is and costs here, or why that cannot be told."""
     quiet()
     use_cores(os.cpu_count() or 1)
     try:
-        encoder, texts = Encoder.load(model.directory), sample.texts[:SPEED_TEXTS]
-        footprint = measure_footprint(encoder, model.directory, texts, price_per_hour) if speed else None
-        return footprint, measure_fertility(encoder, sample.texts, sample.langs)
+        return measure_footprint(Encoder.load(model.directory), model.directory, texts)
     except Exception as error:
         return failure_of(model.name, "size and speed", error)
+
+
+def cut_on_worker(model: Model, sample: Sample) -> Fertility | Failure:
+    """Ray task: how finely a model's tokenizer cuts, or why that cannot be told."""
+    quiet()
+    try:
+        return measure_fertility(Encoder.load(model.directory), sample.texts, sample.langs)
+    except Exception as error:
+        return failure_of(model.name, "tokens a word", error)
 
 
 T = TypeVar("T")
@@ -470,8 +492,14 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     vectors = without_failures(embed_sample(actors, models, sample), failures) if sample.texts else {}
     for actor in actors:
         ray.kill(actor)
-    measured = without_failures(measure_models(config, models, sample), failures) if sample.texts else {}
-    footprints = {name: footprint for name, (footprint, _) in measured.items() if footprint}
+    fertility: dict[str, Fertility] = {}
+    footprints: dict[str, Footprint] = {}
+    if sample.texts:
+        cut = ray.get([ray.remote(cut_on_worker).remote(model, sample) for model in models])
+        fertility = without_failures(dict(zip(config.models, cut, strict=True)), failures)
+        if config.speed:
+            measured = measure_models(models, sample.texts[:SPEED_TEXTS], config.price_per_hour)
+            footprints = without_failures(measured, failures)
     card = make_scorecard(scores, list(config.models), baseline)
     others = [model.name for model in models if model.name != baseline]
     evaluation = Evaluation(
@@ -481,7 +509,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         failures=failures,
         official=official_rows(scores, published),
         drift=compare_texts(vectors, baseline, sample),
-        fertility={name: found for name, (_, found) in measured.items()},
+        fertility=fertility,
         footprints=footprints,
         gates=check_gates(config.require, card, others or [baseline]),
         verdicts={name: verdict(card, name, *ratios(footprints, name, baseline)) for name in others},
@@ -499,7 +527,8 @@ def write_cards(config: EvaluateConfig, models: Sequence[Model], evaluation: Eva
     for model in models:
         given = config.models[model.name].partition("@")[0]
         if config.card and model.name != evaluation.scorecard.baseline and Path(given).is_dir():
-            write_model_card(model.directory, evaluation, model.name)
+            others = [other.directory for other in models if other.directory != model.directory]
+            write_model_card(model.directory, evaluation, model.name, others)
 
 
 def mark_of_evaluation(

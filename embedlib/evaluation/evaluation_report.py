@@ -165,8 +165,7 @@ def draw_evaluation(
         over = " Mean over the tasks with published scores, which are lines." if others else ""
         caption = f"Quality against speed on this machine; nearer to the upper right is better.{over}"
         plots[caption] = pareto(means, speeds, others)
-    translated = [place for place, group in enumerate(groups) if group >= 0]
-    places = (translated or list(range(len(langs))))[:PLOTTED_TEXTS]
+    places = plotted_places(groups)
     if len(places) >= 3:
         for name, rows in vectors.items():
             points = project(rows[places])
@@ -177,3 +176,14 @@ def draw_evaluation(
                     points, marks, f"{name}, coloured by sentence", legend=False
                 )
     return plots
+
+
+def plotted_places(groups: Sequence[int]) -> list[int]:
+    """The texts that are drawn: of the largest groups of translations as many as fit, or the first without any."""
+    members: dict[int, list[int]] = {}
+    for place, group in enumerate(groups):
+        if group >= 0:
+            members.setdefault(group, []).append(place)
+    whole = sorted((group for group in members.values() if len(group) > 1), key=len, reverse=True)
+    chosen = [place for group in whole for place in group][:PLOTTED_TEXTS]
+    return chosen or list(range(len(groups)))[:PLOTTED_TEXTS]

@@ -11,7 +11,6 @@ from embedlib.config import Config
 from embedlib.encoder import Encoder
 from embedlib.evaluation.comparison import describe_model, symmetric_prompt, weight_megabytes
 
-RUNS = 3
 SINGLE_TEXTS = 30
 
 
@@ -44,24 +43,28 @@ class Footprint(Config):
     """Cost of a million such texts, in the currency of the price that was given."""
 
 
-def measure_footprint(
-    encoder: Encoder, directory: Path, texts: Sequence[str], price_per_hour: float | None
-) -> Footprint:
-    """Measure the model of `directory` on `texts`, in the arithmetic of `encoder`."""
+def measure_footprint(encoder: Encoder, directory: Path, texts: Sequence[str]) -> Footprint:
+    """Measure the model of `directory` on `texts`, in the arithmetic of `encoder`, once."""
     prompt = symmetric_prompt(encoder)
     encoder.encode(texts[:SINGLE_TEXTS], prompt)
-    rate = len(texts) / median(_seconds(encoder, texts, prompt) for _ in range(RUNS))
     return Footprint(
         **describe_model(encoder, directory.name).model_dump(exclude={"name"}),
         fingerprint=model_fingerprint(directory),
         max_tokens=encoder.max_seq_length,
         megabytes=weight_megabytes(directory),
-        texts_per_s=rate,
+        texts_per_s=len(texts) / _seconds(encoder, texts, prompt),
         latency_ms=1000 * median(_seconds(encoder, [text], prompt) for text in texts[:SINGLE_TEXTS]),
         memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
         arithmetic=encoder.backend.name,
-        cost_per_million=price_per_hour / 3600 / rate * 1e6 if price_per_hour else None,
     )
+
+
+def middle_of(runs: Sequence[Footprint], price_per_hour: float | None = None) -> Footprint:
+    """One footprint of a model's runs: the medians of what varies, and the cost by the machine's price."""
+    varying = ("texts_per_s", "latency_ms", "memory_mb")
+    middle = {name: median(getattr(run, name) for run in runs) for name in varying}
+    cost = price_per_hour / 3600 / middle["texts_per_s"] * 1e6 if price_per_hour else None
+    return runs[0].model_copy(update=middle | {"cost_per_million": cost})
 
 
 def _seconds(encoder: Encoder, texts: Sequence[str], prompt: str | None) -> float:

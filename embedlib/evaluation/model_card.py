@@ -1,6 +1,7 @@
 """A model's README out of what its manifest and its evaluation say, in the form that hubs show."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,17 @@ from embedlib.artifact import EVALUATION_NAME, Manifest, read_manifest
 from embedlib.errors import ConfigError
 from embedlib.evaluation.evaluation_report import Evaluation, cell_text
 from embedlib.evaluation.report import ABSENT, render_page
+from embedlib.lineage import origins
 from embedlib.model_directory import read_prompts, trained_dimensions
 
 CARD_NAME = "README.md"
 
 
-def write_model_card(directory: Path, evaluation: Evaluation, name: str) -> None:
-    """README.md and, for the endpoint, evaluation.json beside the weights; neither is part of the fingerprint."""
+def write_model_card(directory: Path, evaluation: Evaluation, name: str, models: Iterable[Path] = ()) -> None:
+    """README.md and, for the endpoint, evaluation.json beside the weights; neither is part of the fingerprint.
+
+    `models` are directories among which the model's teacher may be.
+    """
     manifest = read_manifest(directory)
     card = render_page(
         "model_card.md.jinja",
@@ -28,6 +33,7 @@ def write_model_card(directory: Path, evaluation: Evaluation, name: str) -> None
         dimensions=trained_dimensions(directory),
         recipe=recipe_of(manifest),
         licence=licence_of(manifest),
+        origins=origins(directory, models),
     )
     (directory / CARD_NAME).write_text(card, encoding="utf-8")
     (directory / EVALUATION_NAME).write_text(json.dumps({"retention": evaluation.retention.get(name, {})}) + "\n")

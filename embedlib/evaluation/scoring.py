@@ -13,7 +13,7 @@ from mteb.cache import ResultCache
 from pydantic import Field
 
 from embedlib.config import Config
-from embedlib.evaluation.bootstrap import Items, Values, items_of, replicates
+from embedlib.evaluation.bootstrap import Items, Values, bitext_f1, items_of, replicates
 from embedlib.evaluation.languages import language_of
 from embedlib.evaluation.mteb_encoder import CachedEncoder
 from embedlib.model_directory import write_json
@@ -125,12 +125,15 @@ class ItemsOnDisk:
             return Items(str(kept["statistic"]), kept["values"], gold)  # type: ignore[arg-type] # as it was written
 
     def _keep(self, predictions: Any, model: Any, prediction_folder: Path, hf_split: str, hf_subset: str) -> None:
-        if hf_subset == "parallel":  # all pairs of languages at once, which have no items of their own here
-            return
-        items = items_of(self.task.metadata.type, predictions, self._gold(hf_split, hf_subset))
-        if items:
-            values = {name: value for name, value in items._asdict().items() if value is not None}
-            np.savez(self._path(hf_split, hf_subset), **values)
+        if hf_subset == "parallel":  # all pairs of languages at once; each is a subset of the result
+            for pair, found in predictions.items():
+                self._write(hf_split, pair, Items("mean", bitext_f1({pair: found})))
+        elif items := items_of(self.task.metadata.type, predictions, self._gold(hf_split, hf_subset)):
+            self._write(hf_split, hf_subset, items)
+
+    def _write(self, split: str, subset: str, items: Items) -> None:
+        values = {name: value for name, value in items._asdict().items() if value is not None}
+        np.savez(self._path(split, subset), **values)
 
     def _gold(self, split: str, subset: str) -> Mapping[str, Any]:
         data: Any = self.task.dataset

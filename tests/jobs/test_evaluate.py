@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,10 @@ from safetensors.numpy import load_file, save_file
 
 from embedlib.encoder import Encoder
 from embedlib.errors import ConfigError, DataError, GateError
-from embedlib.evaluation.evaluation_report import Evaluation, read_evaluation
+from embedlib.evaluation.evaluation_report import PLOTTED_TEXTS, Evaluation, plotted_places, read_evaluation
+from embedlib.evaluation.footprint import Footprint, middle_of
 from embedlib.metrics import row_cosines
-from jobs.evaluate import EvaluateConfig, main, plan_units
+from jobs.evaluate import SAMPLE_TEXTS, EvaluateConfig, main, plan_units, read_sample
 from serve.model import read_retention
 from tests.conftest import corpus_rows
 
@@ -207,6 +209,28 @@ def test_what_cannot_be_asked_is_refused_before_anything_runs(sets: Path, tiny_e
         plan_units(config_of(sets, models, tasks={}))
     with pytest.raises(DataError, match=r"docs: .* has no documents"):
         plan_units(config_of(sets, models, docs=str(tmp_path)))
+
+
+def test_translations_come_into_the_sample_together(sets: Path, tmp_path: Path) -> None:
+    rows = [{"text": f"{lang} {number}", "lang": lang, "group": number} for lang in "abcd" for number in range(900)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "texts.parquet")
+    sample = read_sample(config_of(sets, {"teacher": tmp_path}, texts=str(tmp_path / "texts.parquet")), [])
+    assert len(sample.texts) == SAMPLE_TEXTS
+    assert set(Counter(sample.groups).values()) == {4}
+    assert len(plotted := plotted_places([*sample.groups, -1, -1])) == PLOTTED_TEXTS
+    assert set(Counter(sample.groups[place] for place in plotted).values()) == {4}
+    assert plotted_places([-1, 0, -1, 1]) == [0, 1, 2, 3]
+
+
+def test_a_footprint_is_the_middle_of_its_runs() -> None:
+    run = Footprint(
+        fingerprint="", params=1, layers=1, vocabulary=1, embedding_dim=1, max_tokens=1, megabytes=1, texts_per_s=100,
+        latency_ms=5, memory_mb=9, arithmetic="float32",
+    )  # fmt: skip
+    slow = run.model_copy(update={"texts_per_s": 10, "latency_ms": 50, "memory_mb": 8})
+    middle = middle_of([run, slow, run], price_per_hour=0.36)
+    assert (middle.texts_per_s, middle.latency_ms, middle.memory_mb) == (100, 5, 9)
+    assert middle.cost_per_million == pytest.approx(1.0)
 
 
 def test_benchmarks_are_known_without_a_hub(sets: Path, tiny_encoder: Path) -> None:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.numpy import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import (
@@ -187,6 +188,25 @@ def test_languages_that_translate_each_other_are_resampled_together(
     task = load_task("Both", TaskConfig(type="sts", path="both.parquet"), tmp_path)
     de, fr = evaluate_task(encoder_of(tiny_encoder, tmp_path / "vectors"), task, tmp_path / "scores")
     assert de.replicates == fr.replicates
+
+
+def test_pairs_of_languages_that_mteb_scores_at_once_have_their_own_intervals(
+    sets: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    rows = pq.read_table(sets / "bitext" / "test.parquet")
+    columns = {"de": rows["sentence1"], "en": rows["sentence2"]}
+    pq.write_table(pa.table(columns), tmp_path / "columns.parquet")
+    config = TaskConfig(type="bitext", path="columns.parquet", pivot="en")
+    encoder = encoder_of(tiny_encoder, tmp_path / "vectors")
+    (alone,) = evaluate_task(encoder, load_task("Pair", config, tmp_path), tmp_path / "alone")
+    task = load_task("Pair", config, tmp_path)
+    # As mteb's own FLORES: one table with a column a language.
+    task.parallel_subsets = True
+    task.dataset = {"test": Dataset.from_dict({name: column.to_pylist() for name, column in columns.items()})}
+    (parallel,) = evaluate_task(encoder, task, tmp_path / "parallel")
+    assert parallel.subset == "de-en"
+    assert len(parallel.replicates) == 500
+    assert parallel == alone
 
 
 def test_a_cache_is_shared_and_equal_texts_cost_once(tmp_path: Path) -> None:
