@@ -1,7 +1,7 @@
 """What a model was made of: the models and texts that its manifest names, and theirs in turn, with their licences."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +10,10 @@ from embedlib.errors import ArtifactError
 
 # The front matter of a card, as hubs have it.
 CARD_LICENCE = re.compile(r"\A---\n(?:.*\n)*?license:\s*(\S+)\s*\n")
+
+
+# What parents are called that come from outside of a run.
+GIVEN = ("teacher", "model", "guide", "corpus")
 
 
 class Origin(NamedTuple):
@@ -40,6 +44,7 @@ def origins(directory: Path, models: Iterable[Path] = ()) -> list[Origin]:
         if manifest is None:
             continue
         beside = known | dict(marks_beside(here))
+        found |= dict.fromkeys(Origin(name, f"{mark[:12]}…", None) for name, mark in lost(manifest, beside))
         named = [beside[mark] for mark in manifest.parents.values() if mark in beside]
         for path in [*named, *paths_in(manifest.config)]:
             place = path if path.is_dir() else path.parent
@@ -49,6 +54,14 @@ def origins(directory: Path, models: Iterable[Path] = ()) -> list[Origin]:
                 seen.add(place.resolve())
                 waiting.append(place)
     return list(found)
+
+
+def lost(manifest: Manifest, known: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
+    """The models and corpora among the parents of an artifact that are not among the known ones."""
+    for name, mark in manifest.parents.items():
+        # The rest is computed of these, and says nothing more.
+        if mark not in known and name.startswith(GIVEN):
+            yield name, mark
 
 
 def marks_beside(directory: Path) -> Iterator[tuple[str, Path]]:

@@ -13,9 +13,11 @@ from jobs.cli import run_job  # isort: skip (takes jobs/ off sys.path before any
 import difflib
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, TypeVar
 
@@ -27,13 +29,13 @@ import ray
 import torch
 from datasets import disable_progress_bars
 from pydantic import Field, model_validator
-from ray.util import ActorPool
 from rich.console import Console
 
 from embedlib.artifact import fingerprint, hash_file, model_fingerprint
 from embedlib.config import Config
 from embedlib.encoder import Encoder, default_device, fast_dtype
 from embedlib.errors import ConfigError, DataError, EmbedlibError, GateError
+from embedlib.evaluation.comparison import describe_machine, symmetric_prompt
 from embedlib.evaluation.documents import make_document_tasks, read_documents
 from embedlib.evaluation.drift import LEAST_TEXTS, Drift, Fertility, measure_drift, measure_fertility
 from embedlib.evaluation.evaluation_report import (
@@ -45,8 +47,8 @@ from embedlib.evaluation.evaluation_report import (
 )
 from embedlib.evaluation.footprint import Footprint, measure_footprint, middle_of
 from embedlib.evaluation.languages import language_of
-from embedlib.evaluation.model_card import push_model, write_model_card
-from embedlib.evaluation.mteb_encoder import CachedEncoder, VectorCache, prompt_for
+from embedlib.evaluation.model_card import push_model, require_own_card, write_model_card
+from embedlib.evaluation.mteb_encoder import ENCODING_VERSION, CachedEncoder, VectorCache
 from embedlib.evaluation.official import official_rows, read_published
 from embedlib.evaluation.scorecard import (
     GROUPS,
@@ -70,6 +72,7 @@ from jobs.runtime import Progress, artifacts_directory, connect, cpu_processes, 
 SAMPLE_TEXTS = 2000
 SPEED_TEXTS = 750
 SPEED_RUNS = 3
+NODE = "ray.io/node-id"  # the label that Ray gives every node
 
 
 class EvaluateConfig(Config):
@@ -187,7 +190,7 @@ class Scorer:
         """Vectors of texts without labels, both sides of a symmetric task, or why there are none."""
         try:
             encoder = self._encoder(model)
-            return encoder.embed(texts, prompt_for(None, encoder.prompts))
+            return encoder.embed(texts, symmetric_prompt(encoder.prompts))
         except Exception as error:
             return failure_of(model.name, "texts without labels", error)
 
@@ -230,7 +233,7 @@ def find_models(config: EvaluateConfig) -> list[Model]:
         if cut and not cut.isdigit():
             raise ConfigError(f"models.{name}: {given!r}; expected a number of dimensions after @")
         directory = pretrained_directory(source)
-        whole = fingerprint(model=model_fingerprint(directory), dtype=computed)
+        whole = fingerprint(model=model_fingerprint(directory), dtype=computed, encoding=ENCODING_VERSION)
         home = cache_directory() / "evaluation" / whole[:24]
         mark = fingerprint(model=whole, dimensions=int(cut)) if cut else whole
         if same := [model.name for model in models if model.fingerprint == mark]:
@@ -300,6 +303,7 @@ def hub_unit(task: Any, benchmark: str | None) -> Unit:
         name=task.metadata.name,
         revision=task.metadata.dataset.get("revision"),
         subsets=sorted(task.hf_subsets),
+        splits=sorted(task.eval_splits),
         mteb=version("mteb"),
         scoring=SCORING_VERSION,
     )
@@ -328,11 +332,28 @@ def score_all(actors: Sequence[Any], models: Sequence[Model], units: Sequence[Un
     """Every model's scores on every task, as they come; a model's tasks follow each other, and it is loaded once."""
     work = [(model, unit) for model in models for unit in units]
     progress = Progress("evaluate", len(work), "tasks")
-    pool = ActorPool(list(actors))
-    for done, result in enumerate(pool.map_unordered(lambda actor, item: actor.score.remote(*item), work), 1):
-        what = result.task if isinstance(result, Failure) else result[0].task
-        progress.update(done, f"{what}{' failed' if isinstance(result, Failure) else ''}")
+    idle, waiting = list(actors), deque(work)
+    running: dict[Any, tuple[Any, Model, Unit]] = {}
+    while waiting or running:
+        while waiting and idle:
+            actor, item = idle.pop(), waiting.popleft()
+            running[actor.score.remote(*item)] = (actor, *item)
+        (ready,), _ = ray.wait(list(running))
+        actor, model, unit = running.pop(ready)
+        idle.append(actor)
+        result: list[Score] | Failure = outcome(ready, model, unit.name)
+        progress.update(
+            len(work) - len(waiting) - len(running), f"{unit.name}{' failed' if isinstance(result, Failure) else ''}"
+        )
         yield result
+
+
+def outcome(reference: Any, model: Model, what: str) -> Any:
+    """What a worker gives back, or that its process died of it."""
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayError as error:
+        return Failure(model=model.name, task=what, reason=f"its process died: {str(error).strip().splitlines()[0]}")
 
 
 class Sample(NamedTuple):
@@ -345,13 +366,15 @@ class Sample(NamedTuple):
 
 
 def check_sample(path: str) -> None:
-    """DataError where the texts without labels cannot be read, ConfigError where they have no `text`."""
+    """DataError where the texts without labels cannot be read, ConfigError where their columns are not as expected."""
     try:
-        names = pq.read_schema(path).names
+        schema = pq.read_schema(path)
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"texts: {path}: not a readable Parquet file: {error}") from error
-    if "text" not in names:
-        raise ConfigError(f"texts: {path}: no column 'text'; found {', '.join(names)}")
+    if "text" not in schema.names:
+        raise ConfigError(f"texts: {path}: no column 'text'; found {', '.join(schema.names)}")
+    if "group" in schema.names and not pa.types.is_integer(schema.field("group").type):
+        raise ConfigError(f"texts: {path}: `group` is {schema.field('group').type}; expected whole numbers")
 
 
 def read_sample(config: EvaluateConfig, units: Sequence[Unit]) -> Sample:
@@ -384,57 +407,85 @@ def texts_of(unit: Unit) -> list[dict[str, Any]]:
     rows = []
     for subset, splits in (task.dataset or {}).items():
         data = splits[task.eval_splits[0]]
-        data = data["queries"] if isinstance(data, dict) else data
-        column = next(name for name in ("sentence1", "text", "sentences") if name in data.column_names)
         lang = language_of(task.metadata.hf_subsets_to_langscripts[subset][0].replace("-", "_"))
-        rows += [{"text": text, "lang": lang} for text in data.select(range(min(len(data), 100)))[column]]
+        # Passages too: they are what a corpus is embedded of.
+        for table in [data["queries"], data["corpus"]] if isinstance(data, dict) else [data]:
+            column = next(name for name in ("sentence1", "text", "sentences") if name in table.column_names)
+            rows += [{"text": text, "lang": lang} for text in table.select(range(min(len(table), 100)))[column]]
     return rows
 
 
 def embed_sample(actors: Sequence[Any], models: Sequence[Model], sample: Sample) -> dict[str, Vectors | Failure]:
     """Every model's vectors of the texts without labels, or why it has none."""
     waiting = [actors[number % len(actors)].embed.remote(model, sample.texts) for number, model in enumerate(models)]
-    return {model.name: rows for model, rows in zip(models, ray.get(waiting), strict=True)}
+    what = "texts without labels"
+    return {model.name: outcome(each, model, what) for model, each in zip(models, waiting, strict=True)}
 
 
-def compare_texts(vectors: Mapping[str, Vectors], baseline: str, sample: Sample) -> dict[str, Drift]:
+def compare_texts(vectors: Mapping[str, Vectors], baseline: str, sample: Sample) -> dict[str, Drift | Failure]:
     """Every model against the baseline; none where there are too few texts, or the baseline has no vectors."""
     if len(sample.texts) < LEAST_TEXTS or baseline not in vectors:
         return {}
-    return {
-        name: measure_drift(rows, vectors[baseline], sample.texts, sample.langs)
-        for name, rows in vectors.items()
-        if name != baseline
-    }
+    found: dict[str, Drift | Failure] = {}
+    for name, rows in vectors.items():
+        if name != baseline:
+            try:
+                found[name] = measure_drift(rows, vectors[baseline], sample.texts, sample.langs)
+            except DataError as error:  # all texts alike
+                found[name] = failure_of(name, "drift", error)
+    return found
+
+
+def measuring_node() -> str:
+    """The node that speed is measured on: the driver's own, or where that has no GPU and others do, one of these."""
+    own, kind = ray.get_runtime_context().get_node_id(), "GPU" if num_gpus() else "CPU"
+    able = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get(kind))
+    return own if own in able else able[0]
+
+
+def machine_of(node: str) -> dict[str, Any]:
+    """What a node is."""
+    if node == ray.get_runtime_context().get_node_id():
+        return describe_machine()
+    remote = ray.remote(num_cpus=0, num_gpus=1 if num_gpus() else 0, label_selector={NODE: node})(describe_machine)
+    machine: dict[str, Any] = ray.get(remote.remote())
+    return machine
 
 
 def measure_models(
-    models: Sequence[Model], texts: Sequence[str], price_per_hour: float | None
+    models: Sequence[Model], texts: Sequence[str], config: EvaluateConfig, node: str
 ) -> dict[str, Footprint | Failure]:
     """Size and speed of each model, measured in turns: a machine that slows down or is shared does so for all."""
-    remote = ray.remote(num_cpus=1, num_gpus=1 if num_gpus() else 0, max_calls=1)(measure_on_worker)
+    remote = ray.remote(num_cpus=1, num_gpus=1 if num_gpus() else 0, max_calls=1, label_selector={NODE: node})(
+        measure_on_worker
+    )
     progress = Progress("speed", SPEED_RUNS * len(models), "runs")
     runs: dict[str, list[Footprint]] = {model.name: [] for model in models}
     failures: dict[str, Footprint | Failure] = {}
     for turn in range(SPEED_RUNS):
         for place, model in enumerate(models, 1):
             if model.name not in failures:
-                found = ray.get(remote.remote(model, texts))
+                found = outcome(remote.remote(model, texts, config.dtype), model, "size and speed")
                 if isinstance(found, Failure):
                     failures[model.name] = found
                 else:
                     runs[model.name].append(found)
             progress.update(turn * len(models) + place, model.name)
     whole = {name: found for name, found in runs.items() if name not in failures}
-    return failures | {name: middle_of(found, price_per_hour) for name, found in whole.items()}
+    return failures | {name: middle_of(found, config.price_per_hour) for name, found in whole.items()}
 
 
-def measure_on_worker(model: Model, texts: Sequence[str]) -> Footprint | Failure:
-    """Ray task in a process of its own with all cores: what a model is and costs here, or why that cannot be told."""
+def measure_on_worker(model: Model, texts: Sequence[str], dtype: str) -> Footprint | Failure:
+    """Ray task in a process of its own with all cores: what a model is and costs here, or why that cannot be told.
+
+    It computes as the scores were computed, so that quality and speed go together.
+    """
     quiet()
     use_cores(os.cpu_count() or 1)
+    device = default_device()
     try:
-        return measure_footprint(Encoder.load(model.directory), model.directory, texts)
+        encoder = Encoder.load(model.directory, device, torch_dtype(dtype, device))
+        return measure_footprint(encoder, model.directory, texts)
     except Exception as error:
         return failure_of(model.name, "size and speed", error)
 
@@ -466,11 +517,19 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         parse_gate(requirement)
     if config.texts:
         check_sample(config.texts)
+    if config.plots:
+        require_plots()
     published = read_published(Path(config.reference)) if config.reference else {}
     models = find_models(config)
+    for model in carded(config, models):
+        require_own_card(model.directory)
     units, failures = plan_units(config)
+    if config.speed and not config.texts and all(unit.config is None for unit in units):
+        raise ConfigError("texts: needed to measure speed, as all tasks come from a hub; or turn `speed` off")
     check_requirements(config.require, [name for unit in units for name in (unit.name, unit.group)], config.models)
-    mark = mark_of_evaluation(config, models, units, failures)
+    node = measuring_node()
+    machine = machine_of(node)
+    mark = mark_of_evaluation(config, models, units, failures, machine if config.speed else None)
     finished = read_evaluation(config.directory)
     if finished and finished.fingerprint == mark and len(finished.failures) == len(failures):
         write_cards(config, models, finished)
@@ -495,11 +554,13 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     fertility: dict[str, Fertility] = {}
     footprints: dict[str, Footprint] = {}
     if sample.texts:
-        cut = ray.get([ray.remote(cut_on_worker).remote(model, sample) for model in models])
-        fertility = without_failures(dict(zip(config.models, cut, strict=True)), failures)
+        cutting = [(model, ray.remote(cut_on_worker).remote(model, sample)) for model in models]
+        cut = {model.name: outcome(each, model, "tokens a word") for model, each in cutting}
+        fertility = without_failures(cut, failures)
         if config.speed:
-            measured = measure_models(models, sample.texts[:SPEED_TEXTS], config.price_per_hour)
+            measured = measure_models(models, sample.texts[:SPEED_TEXTS], config, node)
             footprints = without_failures(measured, failures)
+    drift = without_failures(compare_texts(vectors, baseline, sample), failures)
     card = make_scorecard(scores, list(config.models), baseline)
     others = [model.name for model in models if model.name != baseline]
     evaluation = Evaluation(
@@ -508,12 +569,13 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         scores=scores,
         failures=failures,
         official=official_rows(scores, published),
-        drift=compare_texts(vectors, baseline, sample),
+        drift=drift,
         fertility=fertility,
         footprints=footprints,
-        gates=check_gates(config.require, card, others or [baseline]),
+        gates=check_gates(config.require, card, others or [baseline], lacking_of(config, units, failures)),
         verdicts={name: verdict(card, name, *ratios(footprints, name, baseline)) for name in others},
         dtype=config.dtype,
+        machine=machine,
     )
     plots = draw_evaluation(evaluation, vectors, sample.langs, sample.groups) if config.plots else {}
     write_evaluation(evaluation, plots, config.directory)
@@ -522,19 +584,47 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     return evaluation
 
 
+def require_plots() -> None:
+    """ConfigError where what draws is not installed."""
+    if missing := [name for name in ("matplotlib", "umap") if find_spec(name) is None]:
+        raise ConfigError(f"plots: {missing[0]} is not installed; expected the `demo` extra, or turn `plots` off")
+
+
+def lacking_of(
+    config: EvaluateConfig, units: Sequence[Unit], failures: Sequence[Failure]
+) -> list[tuple[str, str, str]]:
+    """The tasks without a score: model, task, group."""
+    groups = {name: GROUPS[KINDS[task.type].name] for name, task in config.tasks.items()}
+    groups |= {unit.name: unit.group for unit in units}
+    return [(each.model, each.task, groups[each.task]) for each in failures if each.task in groups]
+
+
+def carded(config: EvaluateConfig, models: Sequence[Model]) -> list[Model]:
+    """The models that get a card: where cards are asked for, all in directories of their own but the baseline."""
+    baseline = config.baseline or next(iter(config.models))
+    return [
+        model
+        for model in models
+        if config.card and model.name != baseline and Path(config.models[model.name].partition("@")[0]).is_dir()
+    ]
+
+
 def write_cards(config: EvaluateConfig, models: Sequence[Model], evaluation: Evaluation) -> None:
-    """A card, where they are asked for, in the directory of every model but the baseline."""
-    for model in models:
-        given = config.models[model.name].partition("@")[0]
-        if config.card and model.name != evaluation.scorecard.baseline and Path(given).is_dir():
-            others = [other.directory for other in models if other.directory != model.directory]
-            write_model_card(model.directory, evaluation, model.name, others)
+    """The cards that are asked for."""
+    for model in carded(config, models):
+        others = [other.directory for other in models if other.directory != model.directory]
+        repository = config.push if model is models[-1] else None
+        write_model_card(model.directory, evaluation, model.name, others, repository)
 
 
 def mark_of_evaluation(
-    config: EvaluateConfig, models: Sequence[Model], units: Sequence[Unit], failures: Sequence[Failure]
+    config: EvaluateConfig,
+    models: Sequence[Model],
+    units: Sequence[Unit],
+    failures: Sequence[Failure],
+    machine: dict[str, Any] | None,
 ) -> str:
-    """Fingerprint of everything that decides the report, but for the files that texts and references are in."""
+    """Fingerprint of everything that decides the report, speed's machine too, but where texts and references lie."""
     values = config.model_dump(
         mode="json", exclude={"output", "models", "root", "tasks", "only", "docs", "card", "push"}
     )
@@ -544,6 +634,7 @@ def mark_of_evaluation(
         models=[[model.name, model.fingerprint] for model in models],  # the first is the baseline
         tasks={unit.name: unit.mark for unit in units},
         failures=[failure.model_dump() for failure in failures],
+        machine=machine,
     )
 
 

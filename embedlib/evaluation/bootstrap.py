@@ -22,6 +22,8 @@ class Items(NamedTuple):
     """(items,): a value an item, or what the model says of a pair."""
     gold: Values | None = None
     """(items,): what is true of a pair."""
+    clusters: npt.NDArray[np.int64] | None = None
+    """(items,): with a mean, which items are drawn together, numbered from 0; none: each by itself."""
 
     def score(self, rows: npt.NDArray[np.intp]) -> float:
         """The score of these items, some of them several times."""
@@ -41,12 +43,16 @@ class Interval(NamedTuple):
 
 
 def replicates(items: Items, name: str, number: int = REPLICATES) -> Values:
-    """Scores (number,) of as many items drawn with replacement.
+    """Scores (number,) of as many items, or clusters of them, drawn with replacement.
 
     The draws depend on `name` and the number of items alone, so those of two models on one set are paired.
     """
     seed = int(fingerprint(name=name)[:16], 16)
-    draws = np.random.default_rng(seed).integers(0, len(items.values), (number, len(items.values)))
+    drawn = len(items.values) if items.clusters is None else int(items.clusters.max()) + 1
+    draws = np.random.default_rng(seed).integers(0, drawn, (number, drawn))
+    if items.clusters is not None:
+        sums, sizes = np.bincount(items.clusters, items.values), np.bincount(items.clusters)
+        return np.asarray(sums[draws].sum(axis=1) / sizes[draws].sum(axis=1))
     return np.array([items.score(rows) for rows in draws])
 
 
@@ -96,12 +102,19 @@ def items_of(task_type: str, predictions: Any, gold: Mapping[str, Any]) -> Items
             right = np.asarray(predictions) == np.asarray(gold["label"])  # (experiments, texts)
             return Items("mean", right.mean(axis=0))
         case "Retrieval":
-            return Items("mean", np.array([ndcg(predictions.get(query, {}), docs) for query, docs in gold.items()]))
+            found = np.array([ndcg(predictions.get(query, {}), docs) for query, docs in gold.items()])
+            return Items("mean", found, clusters=same_answers(gold))
         case "Reranking":
-            return Items(
-                "mean", np.array([query_precision(predictions.get(query, {}), docs) for query, docs in gold.items()])
-            )
+            found = np.array([query_precision(predictions.get(query, {}), docs) for query, docs in gold.items()])
+            return Items("mean", found, clusters=same_answers(gold))
     return None
+
+
+def same_answers(gold: Mapping[str, Mapping[str, int]]) -> npt.NDArray[np.int64]:
+    """(queries,): queries with the same answers share a number; several questions on one paragraph say less than that
+    many on as many."""
+    numbers: dict[frozenset[str], int] = {}
+    return np.array([numbers.setdefault(frozenset(answers), len(numbers)) for answers in gold.values()])
 
 
 def bitext_f1(neighbours: Mapping[str, Sequence[Mapping[str, float]]]) -> Values:

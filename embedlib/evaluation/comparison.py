@@ -5,7 +5,7 @@ import platform
 import sys
 import time
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -80,9 +80,13 @@ def bitext_by_language(vectors: Vectors, held_out: HeldOut) -> dict[str, float]:
     }
 
 
-def symmetric_prompt(encoder: Encoder) -> str | None:
-    """The prompt for both sides of a symmetric task: `query` where the model has it."""
-    return "query" if "query" in encoder.prompts else None
+def symmetric_prompt(prompts: Mapping[str, str]) -> str | None:
+    """The prompt for both sides of a symmetric task: `query`, as e5 asks, where documents have a prompt as well.
+
+    Where queries alone have one, it is an instruction to retrieve, which no other task wants.
+    """
+    documents = any(prompts.get(name) for name in ("document", "passage"))
+    return "query" if documents and "query" in prompts else None
 
 
 def unknown_rate(encoder: Encoder, texts: Sequence[str]) -> float:
@@ -95,7 +99,7 @@ def unknown_rate(encoder: Encoder, texts: Sequence[str]) -> float:
 
 def measure_speed(teacher: Encoder, student: Encoder, texts: Sequence[str]) -> Speed:
     """Both models on the same texts in turn, tokenisation included; the median of several runs each."""
-    prompt = symmetric_prompt(teacher)
+    prompt = symmetric_prompt(teacher.prompts)
     seconds: dict[str, list[float]] = {"teacher": [], "student": []}
     for _ in range(SPEED_RUNS):
         for name, encoder in (("teacher", teacher), ("student", student)):
@@ -140,7 +144,7 @@ def num_layers(encoder: Encoder) -> int:
 
 
 def _num_tokens(encoder: Encoder, texts: Sequence[str]) -> int:
-    return sum(len(ids) for ids in encoder.tokenise(texts, symmetric_prompt(encoder)))
+    return sum(len(ids) for ids in encoder.tokenise(texts, symmetric_prompt(encoder.prompts)))
 
 
 def weight_megabytes(directory: Path) -> float:
@@ -190,7 +194,7 @@ def compare(teacher_name: str, paths: Paths, sts: Sequence[Path] = ()) -> Compar
         "student": Encoder.load(paths.student),
     }
     teacher, student = encoders["teacher"], encoders["student"]
-    prompt = symmetric_prompt(teacher)
+    prompt = symmetric_prompt(teacher.prompts)
     held_out = HeldOut.read(paths.held_out, MAX_HELD_OUT)
     vectors = {name: encoder.encode(held_out.texts, prompt) for name, encoder in encoders.items()}
     bitext = {name: bitext_by_language(rows, held_out) for name, rows in vectors.items()}

@@ -28,6 +28,7 @@ PASSAGE_CHARACTERS = 800
 LEAST_CHARACTERS = 120
 LEAST_QUERIES = 20
 MAX_QUERIES = 1000
+UNKNOWN = "und"
 TEXT_FILES = (".txt", ".md")
 
 
@@ -81,7 +82,7 @@ def _read_file(file: Path) -> Iterator[Document]:
         if file.suffix in TEXT_FILES:
             first, _, rest = file.read_text(encoding="utf-8").strip().partition("\n")
             titled = bool(rest.strip()) and len(first) < 120
-            yield Document(first.strip("# ") if titled else "", rest.strip() if titled else first, "und", "")
+            yield Document(first.strip("# ") if titled else "", rest.strip() if titled else first, UNKNOWN, "")
         elif file.suffix == ".parquet":
             yield from _documents_of(file, pq.read_table(file).to_pylist())
         elif file.suffix == ".jsonl":
@@ -100,7 +101,7 @@ def _documents_of(file: Path, rows: Any) -> Iterator[Document]:
             raise DataError(f"docs: {file}: `text` of row {number} is {row['text']!r}; expected a text")
         if row["text"] and row["text"].strip():
             title, translation = (str(row.get(name) or "") for name in ("title", "translation"))
-            yield Document(title, row["text"], row.get("lang") or "und", translation)
+            yield Document(title, row["text"], row.get("lang") or UNKNOWN, translation)
 
 
 def make_document_tasks(documents: Sequence[Document], directory: Path, seed: int) -> dict[str, TaskConfig]:
@@ -109,10 +110,7 @@ def make_document_tasks(documents: Sequence[Document], directory: Path, seed: in
     DataError where no set has enough queries.
     """
     rng = np.random.default_rng(seed)
-    passages = [Passage(number, piece) for number, each in enumerate(documents) for piece in cut(each.text)]
-    of_document: dict[int, list[int]] = {}
-    for number, passage in enumerate(passages):
-        of_document.setdefault(passage.document, []).append(number)
+    passages, of_document = cut_all(documents)
     makers: dict[str, Callable[[], list[Query]]] = {
         "title": lambda: titles(documents, of_document),
         "first_sentence": lambda: first_sentences(documents, passages, of_document),
@@ -131,6 +129,22 @@ def make_document_tasks(documents: Sequence[Document], directory: Path, seed: in
     if not tasks:
         raise DataError(f"docs: {len(documents)} documents give fewer than {LEAST_QUERIES} queries of any kind")
     return tasks
+
+
+def cut_all(documents: Sequence[Document]) -> tuple[list[Passage], dict[int, list[int]]]:
+    """All passages, each once, and the numbers of those of each document.
+
+    What many documents repeat, a notice or a footer, would be a wrong answer for all but one of them.
+    """
+    passages: dict[str, Passage] = {}
+    of_document: dict[int, list[int]] = {}
+    places: dict[str, int] = {}
+    for number, document in enumerate(documents):
+        for passage in (Passage(number, piece) for piece in cut(document.text)):
+            passages.setdefault(passage.text, passage)
+            place = places.setdefault(passage.text, len(places))
+            of_document.setdefault(number, []).append(place)
+    return list(passages.values()), of_document
 
 
 def cut(text: str) -> list[list[str]]:
@@ -200,6 +214,8 @@ def write_retrieval(directory: Path, passages: Sequence[Passage], queries: Seque
         "queries": {"_id": [f"q{number}" for number in range(len(queries))], "text": [query.text for query in queries]},
         "qrels": {"query-id": [query for query, _ in pairs], "corpus-id": [passage for _, passage in pairs]},
     }
+    if {query.lang for query in queries} != {UNKNOWN}:
+        tables["queries"]["lang"] = [query.lang for query in queries]  # of queries alone: passages are for all of them
     _write(directory, tables)
 
 

@@ -45,7 +45,7 @@ class Footprint(Config):
 
 def measure_footprint(encoder: Encoder, directory: Path, texts: Sequence[str]) -> Footprint:
     """Measure the model of `directory` on `texts`, in the arithmetic of `encoder`, once."""
-    prompt = symmetric_prompt(encoder)
+    prompt = symmetric_prompt(encoder.prompts)
     encoder.encode(texts[:SINGLE_TEXTS], prompt)
     return Footprint(
         **describe_model(encoder, directory.name).model_dump(exclude={"name"}),

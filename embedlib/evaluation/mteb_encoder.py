@@ -9,15 +9,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from mteb.abstasks.task_metadata import TaskMetadata
-from mteb.models.abs_encoder import AbsEncoder
+from mteb.models.abs_encoder import AbsEncoder, get_prompt_name
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 from mteb.types import PromptType
 
 from embedlib.encoder import Encoder, Vectors
 from embedlib.errors import DataError
+from embedlib.evaluation.comparison import symmetric_prompt
 from embedlib.quantization import truncate
 
 KEY_BYTES = 16
+# Raised when the same weights give another vector, so that those kept before are not taken for it.
+ENCODING_VERSION = 1
 Keys = npt.NDArray[np.void]
 
 
@@ -110,7 +113,7 @@ class CachedEncoder(AbsEncoder):
         **_: Any,
     ) -> Vectors:
         """Vectors (texts, dim) of a data loader's texts; DataError where the model gives one that is not finite."""
-        return self.embed(inputs.dataset["text"], prompt_for(prompt_type, self.prompts))
+        return self.embed(inputs.dataset["text"], prompt_for(self.prompts, task_metadata, prompt_type))
 
     def embed(self, texts: Sequence[str], prompt_name: str | None) -> Vectors:
         """Vectors (len(texts), dim) under a prompt of the model."""
@@ -134,16 +137,18 @@ class CachedEncoder(AbsEncoder):
         return truncate(vectors, self.dimensions) if self.dimensions else vectors
 
 
-def prompt_for(prompt_type: PromptType | None, prompts: dict[str, str]) -> str | None:
+def prompt_for(prompts: dict[str, str], task: TaskMetadata, prompt_type: PromptType | None) -> str | None:
     """The name of the prompt for one side of a task.
 
-    Queries and documents get their own. Both sides of a symmetric task get `query`, as e5 asks for, and so do texts
-    that are classified or clustered.
+    A prompt that has the name of the task, of its type or of the side goes first, as mteb has it (`STS`, `Clustering`).
+    Else documents get `passage`, and both sides of a symmetric task, with texts that are classified or clustered, what
+    `symmetric_prompt` says.
     """
-    wanted = ["query"]
+    if name := get_prompt_name(prompts, task, prompt_type):
+        return name
     if prompt_type == PromptType.document:
-        wanted = ["document", "passage"]
-    return next((name for name in wanted if name in prompts), None)
+        return "passage" if "passage" in prompts else None
+    return None if prompt_type else symmetric_prompt(prompts)
 
 
 def model_meta(name: str, revision: str) -> ModelMeta:

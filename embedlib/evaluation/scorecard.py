@@ -2,14 +2,16 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import isfinite
 from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
+from pydantic import Field
 
 from embedlib.config import Config
 from embedlib.errors import ConfigError
-from embedlib.evaluation.bootstrap import Values, interval, p_value
+from embedlib.evaluation.bootstrap import REPLICATES, Values, interval, p_value
 from embedlib.evaluation.scoring import Score
 
 # mteb's names of types, as the field says them in a sentence and in a gate.
@@ -31,7 +33,7 @@ GATE = re.compile(r"\s*([\w./:-]+)\s*(>=|>)\s*([\d.]+)\s*(?:\*\s*([\w.-]+))?\s*"
 
 
 class Failure(Config):
-    """A task that a model has no score on."""
+    """A task that a model has no score on, or something else that could not be told of it."""
 
     model: str
     """The model's name in the report."""
@@ -47,7 +49,7 @@ class Cell(Config):
     value: float
     """Mean score x 100."""
     low: float | None = None
-    """Lower end of the 95 % interval over resampled items; none where a task gives none."""
+    """Lower end of the 95 % interval over resampled items; none where no task gives any."""
     high: float | None = None
     """Upper end."""
     retention: float | None = None
@@ -108,15 +110,17 @@ class GateResult(Config):
     wanted: float
     """What it had to reach."""
     passed: bool
-    """Whether it does."""
+    """Whether it does, and no task of the row lacks a score."""
+    lacking: list[str] = Field(default_factory=list)
+    """Tasks of the row that this model, or the one it is measured by, has no score on."""
 
     @property
     def sentence(self) -> str:
         """The requirement and what was found."""
         found = "no score" if self.found is None else f"{self.found:.2f}"
-        return (
-            f"{self.require}: {'met' if self.passed else 'NOT MET'} by {self.model}: {found}; wanted {self.wanted:.2f}"
-        )
+        wanted = f"wanted {self.wanted:.2f}" if isfinite(self.wanted) else "nothing to measure it by"
+        lacking = f"; no score on {', '.join(self.lacking)}" if self.lacking else ""
+        return f"{self.require}: {'met' if self.passed else 'NOT MET'} by {self.model}: {found}; {wanted}{lacking}"
 
 
 def make_scorecard(scores: Sequence[Score], models: Sequence[str], baseline: str) -> Scorecard:
@@ -190,9 +194,12 @@ def single(score: Score) -> Mean:
 
 
 def averaged(means: Sequence[Mean]) -> Mean:
-    """The mean of means, round by round."""
-    rounds = [mean.replicates for mean in means if mean.replicates is not None]
-    return Mean(fmean(mean.value for mean in means), np.mean(rounds, axis=0) if len(rounds) == len(means) else None)
+    """The mean of means, round by round; what was not resampled, such as clustering, counts in each as it is."""
+    value = fmean(mean.value for mean in means)
+    if all(mean.replicates is None for mean in means):
+        return Mean(value, None)
+    rounds = [np.full(REPLICATES, mean.value) if mean.replicates is None else mean.replicates for mean in means]
+    return Mean(value, np.mean(rounds, axis=0))
 
 
 def make_cell(mean: Mean, base: Mean | None) -> Cell:
@@ -212,9 +219,14 @@ def make_cell(mean: Mean, base: Mean | None) -> Cell:
     return Cell(**values)
 
 
-def check_gates(requirements: Sequence[str], card: Scorecard, models: Iterable[str]) -> list[GateResult]:
-    """What `sts>=0.95*teacher` and the like come to for each of `models`; ConfigError where one means nothing."""
-    return [result for text in requirements for result in check_gate(text, card, models)]
+def check_gates(
+    requirements: Sequence[str], card: Scorecard, models: Iterable[str], lacking: Iterable[tuple[str, str, str]] = ()
+) -> list[GateResult]:
+    """What `sts>=0.95*teacher` and the like come to for each of `models`; ConfigError where one means nothing.
+
+    `lacking` are the tasks without a score: model, task and group.
+    """
+    return [result for text in requirements for result in check_gate(text, card, models, lacking)]
 
 
 def check_requirements(requirements: Sequence[str], rows: Iterable[str], models: Iterable[str]) -> None:
@@ -228,16 +240,17 @@ def check_requirements(requirements: Sequence[str], rows: Iterable[str], models:
             raise ConfigError(f"require: {text!r}: no model {measure!r}; expected of {sorted(models)}")
 
 
-def check_gate(text: str, card: Scorecard, models: Iterable[str]) -> list[GateResult]:
+def check_gate(
+    text: str, card: Scorecard, models: Iterable[str], lacking: Iterable[tuple[str, str, str]]
+) -> list[GateResult]:
     """What one requirement comes to for each of `models`, but the one it names as its measure.
 
-    ConfigError where that leaves none: a gate that asks nobody would be passed by anything.
+    A row that lost a task is the mean of easier ones, or harder ones, so it meets nothing; nor does a row that is not
+    there. ConfigError where no model is left: a gate that asks nobody would be passed by anything.
     """
     name, operator, number, measure = parse_gate(text)
     row = card.row(name)
-    if row is None:
-        known = [each.name for each in (*card.groups, *card.tasks)]
-        raise ConfigError(f"require: {text!r}: no row {name!r}; expected of {known}, or lang: and a language")
+    cells = row.cells if row else {}
     if measure and measure not in card.models:
         raise ConfigError(f"require: {text!r}: no model {measure!r}; expected of {card.models}")
     asked = [model for model in models if model != measure]
@@ -245,14 +258,31 @@ def check_gate(text: str, card: Scorecard, models: Iterable[str]) -> list[GateRe
         raise ConfigError(f"require: {text!r}: no model to ask it of; expected one besides the baseline")
     wanted = number
     if measure:
-        cell = row.cells.get(measure)
+        cell = cells.get(measure)
         wanted = number * cell.value if cell else float("inf")
     results = []
     for model in asked:
-        found = row.cells[model].value if model in row.cells else None
-        passed = found is not None and (found > wanted if operator == ">" else found >= wanted)
-        results.append(GateResult(require=text, model=model, found=found, wanted=wanted, passed=passed))
+        found = cells[model].value if model in cells else None
+        missing = sorted(
+            {task for who, task, group in lacking if who in (model, measure) and of_row(name, task, group)}
+        )
+        reached = found is not None and (found > wanted if operator == ">" else found >= wanted)
+        results.append(
+            GateResult(
+                require=text,
+                model=model,
+                found=found,
+                wanted=wanted,
+                passed=reached and not missing,
+                lacking=missing,
+            )
+        )
     return results
+
+
+def of_row(name: str, task: str, group: str) -> bool:
+    """Whether a task may count in a row; any may have a language, and all are in the mean."""
+    return name.startswith("lang:") or name.lower() in (MEAN, task.lower(), group.lower())
 
 
 def parse_gate(text: str) -> tuple[str, str, float, str | None]:

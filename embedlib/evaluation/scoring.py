@@ -13,14 +13,14 @@ from mteb.cache import ResultCache
 from pydantic import Field
 
 from embedlib.config import Config
-from embedlib.evaluation.bootstrap import Items, Values, bitext_f1, items_of, replicates
+from embedlib.evaluation.bootstrap import Items, bitext_f1, items_of, replicates
 from embedlib.evaluation.languages import language_of
 from embedlib.evaluation.mteb_encoder import CachedEncoder
 from embedlib.model_directory import write_json
 
 SCORES_NAME = "scores.json"
 # Raised when the same task and model would be told otherwise.
-SCORING_VERSION = 2
+SCORING_VERSION = 3
 # mteb rounds some of its scores to five digits.
 SAME_SCORE = 1e-3
 
@@ -51,7 +51,6 @@ class Score(Config):
     def of(cls, model: str, task: AbsTask, split: str, values: Mapping[str, Any], items: Items | None) -> Self:
         """The score of a row of mteb's results."""
         subset = values["hf_subset"]
-        items = items or clustering_items(values)
         if items and abs(items.score(np.arange(len(items.values))) - values["main_score"]) > SAME_SCORE:
             items = None  # the task's main score is another one than these items make
         # Not by subset: where these are translations of the same items, they rise and fall together.
@@ -69,13 +68,6 @@ class Score(Config):
             value=100 * values["main_score"],
             replicates=resampled,
         )
-
-
-def clustering_items(values: Mapping[str, Any]) -> Items | None:
-    """The V-measures of the samples that were clustered."""
-    measures = values.get("v_measures")
-    flat = [each for level in measures.values() for each in level] if measures else []
-    return Items("mean", np.array(flat)) if flat else None
 
 
 def evaluate_task(encoder: CachedEncoder, task: AbsTask, directory: Path) -> list[Score]:
@@ -121,8 +113,8 @@ class ItemsOnDisk:
         if not path.exists():
             return None
         with np.load(path) as kept:
-            gold: Values | None = kept.get("gold")
-            return Items(str(kept["statistic"]), kept["values"], gold)  # type: ignore[arg-type] # as it was written
+            values = {name: kept[name] for name in kept.files if name != "statistic"}
+            return Items(str(kept["statistic"]), **values)  # type: ignore[arg-type] # as it was written
 
     def _keep(self, predictions: Any, model: Any, prediction_folder: Path, hf_split: str, hf_subset: str) -> None:
         if hf_subset == "parallel":  # all pairs of languages at once; each is a subset of the result

@@ -43,9 +43,9 @@ def test_parents_are_found_beside_by_path_and_among_models(tmp_path: Path, tiny_
     }
 
 
-def test_a_model_whose_parents_are_gone_has_no_origins(tmp_path: Path) -> None:
-    artifact(tmp_path / "student", "student", parents={"student_initial": "gone"})
-    assert origins(tmp_path / "student") == []
+def test_a_parent_that_is_gone_is_told_without_a_licence(tmp_path: Path) -> None:
+    artifact(tmp_path / "student", "student", parents={"teacher": "0123456789abcdef", "dataset": "gone"})
+    assert origins(tmp_path / "student") == [Origin("teacher", "0123456789ab…", None)]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 from mteb.cache import ResultCache
 from safetensors.numpy import load_file, save_file
@@ -21,7 +22,7 @@ from embedlib.errors import ConfigError, DataError, GateError
 from embedlib.evaluation.evaluation_report import PLOTTED_TEXTS, Evaluation, plotted_places, read_evaluation
 from embedlib.evaluation.footprint import Footprint, middle_of
 from embedlib.metrics import row_cosines
-from jobs.evaluate import SAMPLE_TEXTS, EvaluateConfig, main, plan_units, read_sample
+from jobs.evaluate import SAMPLE_TEXTS, EvaluateConfig, Model, evaluate, main, outcome, plan_units, read_sample
 from serve.model import read_retention
 from tests.conftest import corpus_rows
 
@@ -91,6 +92,7 @@ def evaluated(ray_cluster: None, sets: Path, tiny_encoder: Path, damaged: Path, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EMBEDLIB_ARTIFACTS", str(home / "artifacts"))
         patch.setenv("EMBEDLIB_CACHE", str(home / "cache"))
+        patch.setattr("jobs.evaluate.SPEED_RUNS", 1)
         config = config_of(sets, {"teacher": tiny_encoder, "damaged": damaged}, card=True, price_per_hour=1.0)
         tasks = config.model_dump()["tasks"] | {"Broken": {"type": "sts", "path": "nowhere.parquet"}}
         with pytest.raises(GateError, match=r"sts>=0\.99\*teacher: NOT MET by damaged"):
@@ -209,6 +211,34 @@ def test_what_cannot_be_asked_is_refused_before_anything_runs(sets: Path, tiny_e
         plan_units(config_of(sets, models, tasks={}))
     with pytest.raises(DataError, match=r"docs: .* has no documents"):
         plan_units(config_of(sets, models, docs=str(tmp_path)))
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_worker_that_dies_costs_its_task_alone(tmp_path: Path) -> None:
+    model = Model("student", tmp_path, "mark", tmp_path, None)
+    found = outcome(ray.remote(max_retries=0)(lambda: os._exit(1)).remote(), model, "Huge")
+    assert (found.model, found.task) == ("student", "Huge")
+    assert found.reason.startswith("its process died: ")
+
+
+def test_a_card_that_others_wrote_is_not_lost(sets: Path, tiny_encoder: Path, damaged: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(damaged, tmp_path / "other")
+    (other / "README.md").write_text("---\nlicense: mit\n---\n# Their model\n")
+    with pytest.raises(ConfigError, match=r"README\.md is not of embedlib's making"):
+        evaluate(config_of(sets, {"teacher": tiny_encoder, "other": other}, card=True))
+
+
+def test_texts_that_cannot_be_used_are_refused_before_anything_runs(
+    sets: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "texts.parquet"
+    pq.write_table(pa.table({"text": ["a", "b"], "group": ["p1", "p2"]}), path)
+    with pytest.raises(ConfigError, match="`group` is string; expected whole numbers"):
+        evaluate(config_of(sets, {"teacher": tiny_encoder}, texts=str(path)))
+    hub = config_of(sets, {"teacher": tiny_encoder}, texts=None, tasks={}, benchmarks=["STS12"])
+    with pytest.raises(ConfigError, match="texts: needed to measure speed"):
+        evaluate(hub)
 
 
 def test_translations_come_into_the_sample_together(sets: Path, tmp_path: Path) -> None:

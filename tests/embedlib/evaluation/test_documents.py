@@ -32,7 +32,7 @@ def test_every_kind_of_query_finds_its_own_passage(tmp_path: Path) -> None:
     for name, config in tasks.items():
         task = load_task(name, config, tmp_path)
         assert task.dataset is not None
-        data = task.dataset["default"]["test"]
+        data = task.dataset["en"]["test"]
         corpus = dict(zip(data["corpus"]["id"], data["corpus"]["text"], strict=True))
         for query, text in zip(data["queries"]["id"], data["queries"]["text"], strict=True):
             (answer,) = data["relevant_docs"][query]
@@ -114,3 +114,17 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes,
 def test_too_few_documents_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="fewer than 20 queries"):
         make_document_tasks(documents()[:3], tmp_path, seed=0)
+
+
+def test_what_documents_repeat_is_one_passage_of_all_of_them(tmp_path: Path) -> None:
+    notice = " ".join(
+        f"Clause {number} says that nothing may be copied without a word of thanks." for number in range(12)
+    )
+    told = [Document(f"All about the {subject}", f"{text_of(subject) * 2} {notice}", "en", "") for subject in SUBJECTS]
+    tasks = make_document_tasks(told, tmp_path, seed=0)
+    home = tmp_path / tasks["docs_title"].path
+    corpus = pq.read_table(home / "corpus.parquet")["text"].to_pylist()
+    assert len(corpus) == len(set(corpus))
+    answers = pq.read_table(home / "qrels.parquet").group_by("corpus-id").aggregate([("query-id", "count")])
+    assert max(answers["query-id_count"].to_pylist()) == len(SUBJECTS)  # the notice answers every title
+    assert set(pq.read_table(home / "queries.parquet")["lang"].to_pylist()) == {"en"}

@@ -80,11 +80,56 @@ def test_gates(require: str, wanted: float, passed: bool) -> None:
 
 @pytest.mark.parametrize(
     ("require", "message"),
-    [("sts=1", "expected ROW>=NUMBER"), ("sets>=1", "no row 'sets'"), ("sts>=1*tutor", "no model 'tutor'")],
+    [("sts=1", "expected ROW>=NUMBER"), ("sts>=1*tutor", "no model 'tutor'")],
 )
 def test_gates_that_mean_nothing(require: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_gates([require], make_scorecard(SCORES, ["teacher", "student"], "teacher"), ["student"])
+
+
+@pytest.mark.parametrize("require", ["retrieval>=1", "lang:xx>=0.5*teacher"])
+def test_a_row_without_a_score_is_a_gate_not_met(require: str) -> None:
+    card = make_scorecard(SCORES, ["teacher", "student"], "teacher")
+    (result,) = check_gates([require], card, ["student"])
+    assert not result.passed
+    assert "NOT MET by student: no score" in result.sentence
+
+
+@pytest.mark.parametrize(
+    ("require", "who", "passed"),
+    [
+        ("sts>=1", "student", False),
+        ("mean>=1", "student", False),
+        ("sts>=0.1*teacher", "teacher", False),
+        ("sts>=1", "other", True),
+        ("bitext>=1", "student", True),
+    ],
+)
+def test_a_group_that_lost_a_task_meets_nothing(require: str, who: str, passed: bool) -> None:
+    card = make_scorecard(SCORES, ["teacher", "student"], "teacher")
+    (result,) = check_gates([require], card, ["student"], [(who, "STS99", "sts")])
+    assert result.passed is passed
+    assert ("no score on STS99" in result.sentence) is not passed
+
+
+def test_what_is_not_resampled_counts_in_a_mean_as_it_is() -> None:
+    fixed = score("teacher", "Topics", 30.0, "Clustering").model_copy(update={"replicates": []})
+    card = make_scorecard([score("teacher", "STS1", 80.0), fixed], ["teacher"], "teacher")
+    sts, clustering, mean = (row.cells["teacher"] for row in card.groups)
+    assert sts.low is not None
+    assert sts.high is not None
+    assert clustering.low is None
+    assert mean.low == pytest.approx((sts.low + 30) / 2)
+    assert mean.high == pytest.approx((sts.high + 30) / 2)
+
+
+def test_items_that_are_drawn_together_make_wider_intervals() -> None:
+    rng = np.random.default_rng(0)
+    values = np.repeat(rng.random(50), 8)  # eight questions on each of 50 paragraphs, all found or none
+    alone = replicates(Items("mean", values), "questions")
+    together = replicates(Items("mean", values, clusters=np.repeat(np.arange(50), 8)), "questions")
+    assert 2 < np.std(together) / np.std(alone) < 4  # the square root of 8
+    assert together.mean() == pytest.approx(values.mean(), abs=0.02)
 
 
 def test_a_gate_that_asks_nobody_is_refused() -> None:
