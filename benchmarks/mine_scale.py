@@ -33,6 +33,7 @@ from embedlib.pretrained import EMBEDDED_TEACHER, pretrained_directory
 from embedlib.schemas import vectors_of
 from embedlib.storage import Store
 from jobs.embed import EmbedConfig, embed
+from jobs.metrics import RunReport
 from jobs.mine import MineConfig, mine_blocks, prepare, sample_queries
 from jobs.runtime import connect
 from jobs.shards import SearchConfig, gated, plan_shards, start_shards, vector_files
@@ -152,7 +153,8 @@ def mine_under(work: Path, model: Path, queries_per_block: int) -> Mined:
         searched, measured = gated(plan.shards, shards, sample_queries(plan, config.search.recall_queries))
         gate_passed = time.perf_counter()
         blocks = range(plan.num_blocks if queries_per_block == SETTINGS[0] else -(-plan.num_blocks // SECOND_SHARE))
-        mine_blocks(plan._replace(shards=searched), shards, blocks)
+        report = RunReport("mine", "benchmark", Store.at(str(output)), len(blocks), "blocks")
+        mine_blocks(plan._replace(shards=searched), shards, blocks, report, measured["recall_at_10"])
         done = time.perf_counter()
     ray.shutdown()
     return Mined(

@@ -115,12 +115,10 @@ def select(hits: Hits, queries: Queries, rule: NegativeRule) -> Selection:
 
 def _reasons(hits: Hits, queries: Queries, rule: NegativeRule) -> list[tuple[str, npt.NDArray[np.bool_]]]:
     """The rule's reasons against each candidate, as masks (queries, k)."""
-    is_positive = (hits.keys[:, :, None] == queries.positive_keys[:, None, :]).any(axis=2)
-    same_document = (hits.documents[:, :, None] == queries.positive_documents[:, None, :]).any(axis=2)
     reasons = [
-        ("positive", is_positive),
+        ("positive", _among(hits.keys, queries.positive_keys)),
         ("the query itself", hits.keys == queries.keys[:, None]),
-        ("same document", same_document & (hits.documents != 0)),
+        ("same document", _among(hits.documents, queries.positive_documents)),
     ]
     lowest = queries.positive_scores.min(axis=1, initial=np.inf)[:, None]
     if rule.absolute_margin is not None:
@@ -136,6 +134,16 @@ def _reasons(hits: Hits, queries: Queries, rule: NegativeRule) -> list[tuple[str
         same = hits.langs == queries.langs[:, None]
         reasons.append(("language", same if rule.language == "other" else ~same))
     return reasons
+
+
+def _among(found: npt.NDArray[np.uint64], known: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+    """Which of (queries, k) are one of the same query's `known` (queries, n), where 0 is nothing."""
+    there = np.zeros(found.shape, np.bool_)
+    # One known at a time: all at once would take memory by their product.
+    for column in known[:, (known != 0).any(axis=0)].T:
+        there |= found == column[:, None]
+    there &= found != 0
+    return there
 
 
 def _priorities(hits: Hits, queries: Queries, seed: int) -> npt.NDArray[np.float64]:

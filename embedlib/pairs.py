@@ -24,7 +24,10 @@ class PairColumns(Config):
     text: str = "text"
     """Of the corpus: the passages."""
     lang: str | None = None
-    """Of both: the language, which rule.language compares."""
+    """Of both: the language of passages, and of queries too where these have none of their own; rule.language compares
+    them."""
+    query_lang: str | None = None
+    """Of the pairs: the language of queries, where it may be another one than that of their positives."""
     document: str | None = None
     """Of both: what a passage is part of; passages of a positive's own document are no negatives of its query."""
 
@@ -59,7 +62,8 @@ def read_pairs(uri: str, columns: PairColumns, max_characters: int) -> Pairs:
     table = pa.concat_tables(tables) if tables else pa.table({})
     if not len(table):
         raise DataError(f"pairs: {uri!r}: no pair that can be used; {len(rejected)} rejected")
-    query, queries = _distinct(table, "query", ["lang"])
+    query, queries = _distinct(table, "query", ["query_lang"])
+    queries = queries.rename_columns(["lang" if name == "query_lang" else name for name in queries.column_names])
     positive, positives = _distinct(table, "positive", ["lang", "document"])
     return Pairs(queries, positives, np.unique(np.stack([query, positive], axis=1), axis=0), rejected)
 
@@ -67,6 +71,7 @@ def read_pairs(uri: str, columns: PairColumns, max_characters: int) -> Pairs:
 def _parts(uri: str, columns: PairColumns) -> Iterator[tuple[Part, pa.Table]]:
     """The rows of all files, some at a time, under the names query, positive, lang and document."""
     names = {"query": columns.query, "positive": columns.positive, "lang": columns.lang, "document": columns.document}
+    names["query_lang"] = columns.query_lang or columns.lang
     chosen = {name: column for name, column in names.items() if column}
     first = 0
     for file in input_files(uri):

@@ -10,14 +10,14 @@ crash a rerun searches just the parts that are missing.
 from jobs.cli import run_job  # isort: skip (takes jobs/ off sys.path before any library is imported)
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-from pydantic import Field
+from pydantic import Field, model_validator
 from ray.util import ActorPool
 
 from embedlib.artifact import MANIFEST_NAME, Manifest, fingerprint
@@ -39,6 +39,7 @@ from embedlib.topk import NO_ROW, Hits
 from jobs.parts import claim, missing_parts, part_name, write_parquet
 from jobs.runtime import Progress, connect, own_errors
 from jobs.shards import (
+    RETRIES,
     SearchConfig,
     ShardPlan,
     check_vectors,
@@ -54,6 +55,7 @@ from jobs.shards import (
 )
 
 QUERIES_AT_ONCE = 4096
+RATIO_THRESHOLD = 1.06
 PAIRS_A_PART = 262_144
 
 
@@ -74,14 +76,25 @@ class BitextConfig(Config):
     margin: Margin = "ratio"
     """What a pair scores: its cosine by the mean cosine to both rows' neighbours (ratio), less it (distance), or the
     cosine itself (absolute)."""
-    threshold: float = 1.06
-    """Pairs score at least this. 1.06 is what bitext by ratio is usually cut at."""
+    threshold: float | None = None
+    """Pairs score at least this; none: 1.06, what bitext by ratio is usually cut at. Other margins need one."""
     retrieval: Retrieval = "max"
     """The best partner of every source row (forward), those best in both directions (intersect), the highest margins of
     both with each row in one pair at most (max), or every neighbour (all), which also writes kept.parquet: the rows
     of source, without their vectors, that are left when the first alone stays of all that are linked."""
     search: SearchConfig = SearchConfig()
     """How the corpora are searched."""
+
+    @model_validator(mode="after")
+    def _has_a_threshold(self) -> Self:
+        if self.threshold is None and self.margin != "ratio":
+            raise ValueError(f"threshold: none with margin {self.margin}; expected one, such as 0.95 for absolute")
+        return self
+
+    @property
+    def least(self) -> float:
+        """What pairs score at least."""
+        return RATIO_THRESHOLD if self.threshold is None else self.threshold
 
 
 class Finder:
@@ -188,7 +201,7 @@ def opened(config: BitextConfig, directory: str, work: Path) -> Corpus:
 def neighbours(config: BitextConfig, here: Corpus, there: Corpus, output: Path) -> Neighbours:
     """The neighbours in one corpus of all rows of another, (rows, k)."""
     missing = missing_parts(Store.at(str(output)), len(here.files))
-    remote = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy="SPREAD")(Finder)
+    remote = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=RETRIES, scheduling_strategy="SPREAD")(Finder)
     arguments = (there.plan, there.shards, output, config.neighbours, here is there)
     pool = ActorPool([remote.remote(*arguments) for _ in range(min(len(missing), len(ray.nodes()) + 1))])
     firsts = np.append(0, np.cumsum([pq.read_metadata(file).num_rows for file in here.files])).tolist()
@@ -210,17 +223,24 @@ def above(config: BitextConfig, forward: Neighbours, backward: Neighbours, sourc
     if config.retrieval == "all":
         pairs = all_partners(forward, backward.means, config.margin)
     else:
+        # Cut before they are matched: what is too low takes no partner from what is not.
         pairs = matched(
-            best_partners(forward, backward.means, config.margin),
-            best_partners(backward, forward.means, config.margin),
+            high_enough(best_partners(forward, backward.means, config.margin), config.least),
+            high_enough(best_partners(backward, forward.means, config.margin), config.least),
             config.retrieval,
         )
-    kept = pairs.scores >= config.threshold
+    kept = pairs.scores >= config.least
     if backward is forward:
         kept &= pairs.rows[:, 0] < pairs.rows[:, 1]
     if config.retrieval != "all":
         # A text that comes again has the partner of the first.
         kept &= np.isin(pairs.rows[:, 0], np.concatenate(ray.get([shard.rows.remote() for shard in source.shards])))
+    return Pairs(pairs.rows[kept], pairs.scores[kept])
+
+
+def high_enough(pairs: Pairs, least: float) -> Pairs:
+    """The pairs that score at least so much."""
+    kept = pairs.scores >= least
     return Pairs(pairs.rows[kept], pairs.scores[kept])
 
 

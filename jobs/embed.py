@@ -376,10 +376,11 @@ def embed_parts(model: Path, plans: Sequence[EmbedPlan], prepared: Sequence[Prep
 
     Returns for each input the rows/s from its first part's beginning to its last one's end; 0 where none was missing.
     """
+    missing = [(work, number) for work, plan in enumerate(plans) for number in plan.missing]
+    # The longest first: none is left to one process while the others have nothing to do.
+    missing.sort(key=lambda item: -plans[item[0]].parts[item[1]].num_rows)
     items = [
-        {"work": work, "number": number, "part": json.dumps(plan.parts[number])}
-        for work, plan in enumerate(plans)
-        for number in plan.missing
+        {"work": work, "number": number, "part": json.dumps(plans[work].parts[number])} for work, number in missing
     ]
     if not items:
         return [0.0] * len(plans)

@@ -100,7 +100,7 @@ def build(config: IndexConfig) -> Manifest:
         factory = f"IVF{num_lists(len(ids))},SQ8" if config.factory == "auto" else config.factory
         with own_errors():
             parts = [part for piece in pieces for part in piece]
-            ray.get(ray.remote(num_cpus=1)(train_on_worker).remote(parts, factory, trained))
+            ray.get(ray.remote(num_cpus=1)(train_on_worker).remote(parts, factory, trained, None))
     read_inverted(trained)  # before the work, a kind that cannot be merged is refused
     indexed = index_pieces(pieces, trained, home / "work", config.first_id)
     merge_indexes(trained, indexed, home / INDEX_NAME, Path(config.base) / INDEX_NAME if config.base else None)

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 import ray
-from pydantic import Field
+from pydantic import Field, model_validator
 from ray.util import ActorPool
 from rich.console import Console
 from rich.table import Table
@@ -26,6 +26,7 @@ from rich.table import Table
 from embedlib.artifact import MANIFEST_NAME, Manifest, fingerprint, model_fingerprint, weights_fingerprint
 from embedlib.backends import BackendName
 from embedlib.config import Config
+from embedlib.embedding import VectorsConfig
 from embedlib.errors import ArtifactError, ConfigError
 from embedlib.index import merge_indexes
 from embedlib.model_directory import read_prompts
@@ -42,6 +43,7 @@ from jobs.miner import STATISTICS, MinePlan, Miner, read_queries
 from jobs.parts import claim, content_mark, missing_parts, part_name, write_parquet
 from jobs.runtime import connect, own_errors
 from jobs.shards import (
+    RETRIES,
     VECTORS,
     SearchConfig,
     check_vectors,
@@ -101,6 +103,12 @@ class MineConfig(Config):
     max_characters: int = Field(default=1_000_000, ge=1)
     """Longer texts go to the quarantine."""
 
+    @model_validator(mode="after")
+    def _has_one_corpus(self) -> Self:
+        if self.corpus and self.vectors:
+            raise ValueError("corpus and vectors: both are passages to search; expected one")
+        return self
+
 
 class MineResult(NamedTuple):
     """What a mining run made."""
@@ -117,7 +125,7 @@ def mine(config: MineConfig) -> MineResult:
     model = pretrained_directory(config.model)
     parents = {"model": model_fingerprint(model), "pairs": marks(config.pairs)}
     if config.vectors:
-        parents["vectors"] = vectors_mark(Path(config.vectors), parents["model"])
+        parents["vectors"] = vectors_mark(config, Path(config.vectors), model, parents["model"])
     elif config.corpus:
         parents["corpus"] = marks(config.corpus)
     judge = Judging.of(config.judge) if config.judge else None
@@ -126,7 +134,7 @@ def mine(config: MineConfig) -> MineResult:
     values = config.model_dump(mode="json", exclude={"pairs", "corpus", "vectors", "output", "work", "model", "judge"})
     # How the corpus is cut does not decide what is found.
     mark = fingerprint(**parents, **values | {"search": {**values["search"], "shards": 0, "block_rows": 0}})
-    if finished := claim(output, mark, "negatives"):
+    if finished := claim(output, mark, "negatives", gives_way=True):
         return MineResult(Path(output.path), finished)
     pairs = read_pairs(config.pairs, config.columns, config.max_characters)
     plan = prepare(config, model, pairs, Path(output.path), judge)
@@ -156,13 +164,33 @@ def marks(uri: str) -> str:
     return fingerprint(files=[content_mark(file) for file in input_files(uri)])
 
 
-def vectors_mark(directory: Path, model: str) -> str:
-    """The fingerprint of a vector directory; ArtifactError where another model than `model` made it."""
+def vectors_mark(config: MineConfig, directory: Path, model: Path, mark: str) -> str:
+    """The fingerprint of a vector directory; ArtifactError where the positives' vectors would be of another kind."""
     manifest = vectors_manifest(directory)
     maker = manifest.parents.get("model", "")
-    if maker != model:
-        raise ArtifactError(f"vectors: {directory} was made by model {maker[:12]}; expected {model[:12]}, this model")
+    if maker != mark:
+        raise ArtifactError(f"vectors: {directory} was made by model {maker[:12]}; expected {mark[:12]}, this model")
+    made = EmbedConfig.model_validate(manifest.config)
+    documents = config.document_prompt, DOCUMENT_PROMPTS
+    ours = {"prompts": prompts_of(model, *documents), "vectors": VectorsConfig(dtype=config.vector_dtype)}
+    for name, expected in ours.items():
+        if (found := getattr(made, name)) != expected:
+            raise ArtifactError(
+                f"vectors: {directory} was made with {name} {shown(found)}; expected {shown(expected)}, as this run "
+                "makes those of the positives"
+            )
     return manifest.fingerprint
+
+
+def shown(value: Any) -> str:
+    """A value of a configuration as one would write it."""
+    return json.dumps(value.model_dump(mode="json") if isinstance(value, Config) else value)
+
+
+def prompts_of(model: Path, named: str | None, usual: Sequence[str]) -> list[str]:
+    """The prompt before some texts: the one that was named, else the first of the usual ones that the model has."""
+    known = read_prompts(model)
+    return [named] if named else [name for name in usual if name in known][:1]
 
 
 class Judging(NamedTuple):
@@ -219,7 +247,8 @@ def prepare(config: MineConfig, model: Path, pairs: Pairs, output: Path, judge: 
         marks += [result.manifest.fingerprint for result in judgements.values()]
         require_same_rows(passages, [*opinions.get("corpus", []), *opinions["positives"]])
     links = hashlib.sha256(pairs.links.tobytes()).hexdigest()
-    mark = fingerprint(vectors=marks, links=links, columns=columns, index=config.search.index)
+    index = {name: getattr(config.search, name) for name in ("index", "merged", "training_vectors")}
+    mark = fingerprint(vectors=marks, links=links, columns=columns, index=index)
     home = work / f"shards-{mark[:12]}"
     shards = plan_shards(
         home,
@@ -269,7 +298,6 @@ def inputs_of(config: MineConfig, pairs: Pairs, columns: dict[str, str], work: P
 
 def embedded(config: MineConfig, model: Path, inputs: dict[str, Input], directory: Path) -> dict[str, EmbedResult]:
     """The vectors that `model` makes of each input, below `directory`."""
-    known = read_prompts(model)
     configs = [
         EmbedConfig.model_validate(
             {
@@ -277,7 +305,7 @@ def embedded(config: MineConfig, model: Path, inputs: dict[str, Input], director
                 "output": str(directory / name),
                 "model": str(model),
                 "columns": texts.columns.model_dump(),
-                "prompts": [texts.prompt] if texts.prompt else [name for name in texts.prompts if name in known][:1],
+                "prompts": prompts_of(model, texts.prompt, texts.prompts),
                 "backend": config.backend,
                 "vectors": {"dtype": config.vector_dtype},
                 "max_characters": config.max_characters,
@@ -316,11 +344,11 @@ def mine_blocks(
     """Mine the blocks that are missing; `recall` is what the index was measured to find."""
     measured = {} if recall is None else {"recall": recall}
     report.update(plan.num_blocks - len(missing), values=measured)
-    remote = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy="SPREAD")(Miner)
+    remote = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=RETRIES, scheduling_strategy="SPREAD")(Miner)
     # One more than there are nodes: while a block is chosen from, the shards search the next.
     miners = ActorPool([remote.remote(plan, shards) for _ in range(min(len(missing), len(ray.nodes()) + 1))])
     for number in missing:
-        miners.submit(lambda miner, block: miner.mine.remote(block), number)
+        miners.submit(lambda miner, block: miner.mine.remote(block, plan.shards.nprobe), number)
     negatives = 0
     for done in range(1, len(missing) + 1):
         with own_errors():

@@ -4,6 +4,8 @@ It is a module of its own so that its processes start without the libraries that
 """
 
 import json
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from embedlib.negatives import NegativeRule, Queries, mix, select
+from embedlib.negatives import NegativeRule, Queries, Selection, mix, select
 from embedlib.schemas import negatives_schema, vectors_of
 from embedlib.shard import Shard, inner_products, text_keys
 from embedlib.storage import Store
@@ -23,6 +25,8 @@ from jobs.parts import part_name, write_parquet
 from jobs.shards import ShardPlan, search_shards, texts_of
 
 STATISTICS = b"embedlib.mined"
+# Of all queries that are searched for together: some 150 MB of what is known of them.
+MOST_CANDIDATES = 1 << 22
 DRAWN_A_NEGATIVE = 4
 
 
@@ -71,7 +75,7 @@ class Miner:
         scorer = PairScorer.load(Path(self.plan.judge), default_device())
         return CrossJudge(scorer, Path(self.plan.judged), self.plan.shards, self.shards, self.positives)
 
-    def mine(self, number: int) -> dict[str, Any]:
+    def mine(self, number: int, nprobe: int) -> dict[str, Any]:
         """Mine block `number` and put its part file in place; give back what it holds."""
         block = read_queries(self.plan, number)
         vectors = vectors_of(block["vector"]).astype(np.float32)
@@ -80,13 +84,29 @@ class Miner:
         asked = Block(number, block, queries.keys)
         if self.judge:
             queries = judged_queries(self.judge, asked, queries, owned)
-        k = self.rule.depth(int((queries.positive_keys != 0).sum(axis=1).max(initial=0)))
-        hits = search_shards(self.shards, vectors, k, self.trained, self.plan.shards.nprobe)
-        chosen, rejected = select(judged(self.judge, asked, hits) if self.judge else hits, queries, self.rule)
+        chosen, rejected = self.chosen(asked, queries, vectors, nprobe)
         drawn = np.zeros(chosen.rows.shape, np.bool_)
         if self.rule.short == "random":
             chosen, drawn = self.filled(chosen, queries, vectors, asked)
         return self.write(number, block, owned, queries, chosen, drawn, rejected)
+
+    def chosen(self, asked: Block, queries: Queries, vectors: npt.NDArray[np.float32], nprobe: int) -> Selection:
+        """The negatives (queries, max_negatives) of a block; queries with many positives go few at a time."""
+        depths = self.rule.depth(0) + (queries.positive_keys != 0).sum(axis=1)
+        order = np.argsort(depths, kind="stable")
+        found: list[Hits] = []
+        rejected: Counter[str] = Counter()
+        for run in runs(depths[order]):
+            some = order[run]
+            hits = search_shards(self.shards, vectors[some], int(depths[some].max()), self.trained, nprobe)
+            hits = judged(self.judge, asked.take(some), hits) if self.judge else hits
+            selected = select(hits, Queries._make(field[some] for field in queries), self.rule)
+            found.append(padded(selected.hits, self.rule.max_negatives))
+            rejected.update(selected.rejected)
+        back = np.argsort(order)
+        return Selection(
+            Hits._make(np.concatenate(fields)[back] for fields in zip(*found, strict=True)), dict(rejected)
+        )
 
     def owned(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Positions (queries, most positives) of each query's positives, -1 where there is no more."""
@@ -116,11 +136,8 @@ class Miner:
     ) -> tuple[Hits, npt.NDArray[np.bool_]]:
         """`chosen` with random passages where a query is short, and which they are."""
         wanted = self.rule.max_negatives
-        short = np.flatnonzero((chosen.rows == NO_ROW).any(axis=1) | (chosen.rows.shape[1] < wanted))
+        short = np.flatnonzero((chosen.rows == NO_ROW).any(axis=1))
         drawn = np.zeros((len(vectors), wanted), np.bool_)
-        missing = wanted - chosen.rows.shape[1]
-        chosen = Hits._make(np.pad(field, ((0, 0), (0, missing))) for field in chosen)
-        chosen = chosen.masked(drawn | (np.arange(wanted) >= wanted - missing))
         if not len(short):
             return chosen, drawn
         some = Queries._make(field[short] for field in queries)
@@ -194,3 +211,20 @@ def lists(values: pa.Array | pa.ChunkedArray, there: npt.NDArray[np.bool_]) -> p
 def read_queries(plan: MinePlan, number: int) -> pa.Table:
     """A block of queries: `id`, `text`, `vector` and, where known, `lang`."""
     return pq.read_table(Path(plan.queries) / part_name(number))
+
+
+def runs(depths: npt.NDArray[np.int64]) -> Iterator[slice]:
+    """Queries that are searched for together, whose ascending depths bound what is found of them."""
+    begin = 0
+    while begin < len(depths):
+        found = np.arange(1, len(depths) - begin + 1) * depths[begin:]
+        end = begin + max(1, int(np.searchsorted(found, MOST_CANDIDATES, "right")))
+        yield slice(begin, end)
+        begin = end
+
+
+def padded(hits: Hits, width: int) -> Hits:
+    """Hits (queries, width), with nothing in the columns that are added."""
+    missing = width - hits.rows.shape[1]
+    wide = Hits._make(np.pad(field, ((0, 0), (0, missing))) for field in hits)
+    return wide.masked(np.broadcast_to(np.arange(width) >= width - missing, wide.rows.shape))

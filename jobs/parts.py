@@ -28,6 +28,11 @@ def missing_parts(directory: Store, num_parts: int, kind: str = "parquet") -> li
     return [number for number in range(num_parts) if part_name(number, kind) not in there]
 
 
+def is_part(file: Store) -> bool:
+    """Whether a file is a finished part of some work."""
+    return file.path.rsplit("/", 1)[-1].startswith("part-")
+
+
 def write_parquet(path: Store, table: pa.Table) -> None:
     """Write a table as one file that appears whole."""
     encodings: dict[str, str] = {}
@@ -48,15 +53,18 @@ def content_mark(file: Store) -> list[Any]:
     return [hash_file(Path(file.path))] if file.is_local else [file.path, file.info.size, file.info.mtime_ns]
 
 
-def claim(directory: Store, mark: str, what: str) -> Manifest | None:
+def claim(directory: Store, mark: str, what: str, gives_way: bool = False) -> Manifest | None:
     """Take `directory` for the work with fingerprint `mark`; ArtifactError where other work has taken it.
 
-    Gives the manifest where the work, which makes `what`, is finished.
+    Gives the manifest where the work, which makes `what`, is finished. With `gives_way`, work that has not finished a
+    part gives way to other settings: a run may end before, and ask for them.
     """
     note, path = directory / CLAIM, directory / MANIFEST_NAME
     manifest = parse_manifest(path.read(), str(path)) if path.exists() else None
     holder = manifest.fingerprint if manifest else note.read().decode() if note.exists() else mark
-    if holder != mark:
+    if holder != mark and gives_way and not manifest and not any(map(is_part, directory.files())):
+        note.write(mark.encode())
+    elif holder != mark:
         raise ArtifactError(
             f"{directory}: holds {what} {holder[:12]}, but this run makes {mark[:12]}; "
             "move it away or choose another output"

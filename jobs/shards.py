@@ -39,6 +39,8 @@ ROUGH_CANDIDATES = 1024
 # Shards of several are asked for more than their share, since they are not alike.
 SHARE = 1.25
 RAISE = 1.5
+# Of a call to a process that died: chance kills it once or twice, what kills it every time is to be told.
+RETRIES = 10
 # The one column that is read of vectors whose texts are known already.
 VECTORS = {"vector": "vector"}
 
@@ -64,6 +66,9 @@ class SearchConfig(Config):
     """Queries of the sample."""
     block_rows: int = Field(default=32768, ge=1)
     """Vectors that brute force holds at a time as float32, in every shard."""
+    training_vectors: int | None = Field(default=None, ge=1)
+    """Vectors that the index is trained on at most, which one process holds as float32; none: 64 a list, an eighth of
+    the corpus until there are 262,144 lists."""
     merged: bool = False
     """Also write index.faiss over all shards, for kinds with inverted lists."""
 
@@ -135,7 +140,11 @@ class IndexShard:
                     self.plan.trained_index(),
                     (lambda: read_chunks(self.plan.judge[self.number], VECTORS)) if self.plan.judge else None,
                 )
-            self.opened = Shard.open(directory, on_gpu=bool(ray.get_gpu_ids()))
+            on_gpu = bool(ray.get_gpu_ids())
+            self.opened = Shard.open(directory, on_gpu)
+            if on_gpu and self.opened.resident is None:
+                size = self.opened.vectors.nbytes / 2**30
+                print(f"shard {self.number}: its GPU has no room for {size:.1f} GiB; the CPU searches. Cut more shards")
         return self.opened
 
     def num_rows(self) -> int:
@@ -191,11 +200,17 @@ def plan_shards(
         num_own_rows=sum(pq.read_metadata(file).num_rows for file in own),
         nprobe=search.nprobe,
     )
+    if search.merged and not mergeable(plan.factory):
+        raise ConfigError(
+            f"search.merged: with {plan.factory or 'exact search'}; expected an index of inverted lists that are not "
+            "fast-scan codes, such as IVF4096,SQ8"
+        )
     work.mkdir(parents=True, exist_ok=True)
     if plan.factory and not plan.trained.exists():
         with own_errors():
             parts = [part for run in plan.chunks for part in run]
-            ray.get(ray.remote(num_cpus=1)(train_on_worker).remote(parts, plan.factory, plan.trained))
+            remote = ray.remote(num_cpus=1)(train_on_worker)
+            ray.get(remote.remote(parts, plan.factory, plan.trained, search.training_vectors))
     return plan
 
 
@@ -322,10 +337,17 @@ def dim_of(part: Part) -> int:
     return int(pq.read_schema(part.file).field("vector").type.list_size)
 
 
-def train_on_worker(parts: Sequence[Part], factory: str, path: Path) -> None:
-    """Ray task: the empty index that all shards begin with, trained on a sample of all parts."""
+def mergeable(factory: str | None) -> bool:
+    """Whether FAISS can merge the lists of such indexes on disk."""
+    return factory is not None and "IVF" in factory and "fs" not in factory
+
+
+def train_on_worker(parts: Sequence[Part], factory: str, path: Path, most: int | None) -> None:
+    """Ray task: the empty index that all shards begin with, trained on a sample of all parts, of `most` vectors."""
     faiss.omp_set_num_threads(os.cpu_count() or 1)  # nothing else is at work yet
-    save_index(train_index(lambda num_rows: sample(parts, num_rows), dim_of(parts[0]), factory), path)
+    save_index(
+        train_index(lambda num_rows: sample(parts, min(num_rows, most or num_rows)), dim_of(parts[0]), factory), path
+    )
 
 
 def sample(parts: Sequence[Part], num_rows: int) -> npt.NDArray[np.float32]:
@@ -350,7 +372,7 @@ def start_shards(plan: ShardPlan) -> list[Any]:
         num_cpus=0,
         num_gpus=0 if plan.factory else share_of_gpu(len(plan.chunks)),
         max_restarts=-1,
-        max_task_retries=-1,
+        max_task_retries=RETRIES,
         scheduling_strategy="SPREAD",
     )
     actor: Any = remote(IndexShard)

@@ -24,6 +24,7 @@ from embedlib.encoder import Encoder
 from embedlib.errors import ArtifactError, ConfigError, DataError
 from embedlib.schemas import vector_column
 from jobs.mine import MineConfig, mine
+from jobs.miner import runs
 from jobs.parts import part_name
 
 pytestmark = pytest.mark.ray
@@ -259,6 +260,33 @@ def assert_judged(output: Path, scores_of: Callable[[str, list[str]], Any]) -> N
             assert max(row["negative_scores"]) < min(row["positive_scores"])
 
 
+def test_a_language_of_negatives_is_seen_from_the_query(
+    output: Path, tiny_encoder: Path, tiny_corpus: Path, pairs: Path, tmp_path: Path
+) -> None:
+    table = pq.read_table(pairs)  # English queries, German and French answers
+    pq.write_table(table.append_column("asked_in", pa.array(["en"] * len(table))), tmp_path / "asked.parquet")
+    rule = {"max_negatives": 3, "relative_margin": None, "language": "same"}
+    columns = {"lang": "lang", "query_lang": "asked_in"}
+    shutil.rmtree(output / "work" / "vectors")  # these know no languages
+    mine(config_for(output, tiny_encoder, tmp_path / "asked.parquet", tiny_corpus, rule=rule, columns=columns))
+    lang_of = {row["text"]: row["lang"] for row in pq.read_table(tiny_corpus).to_pylist()}
+    assert {lang_of[text] for row in rows_of(output) for text in row["negatives"]} == {"en"}
+
+
+def test_queries_with_many_positives_are_searched_for_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.miner.MOST_CANDIDATES", 60)
+    depths = np.array([10, 20, 20, 30, 90, 100])
+    assert [depths[run].tolist() for run in runs(depths)] == [[10, 20, 20], [30], [90], [100]]
+
+
+def test_other_settings_take_over_where_nothing_is_mined_yet(
+    output: Path, tiny_encoder: Path, tiny_corpus: Path, pairs: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"search\.merged: with exact search; expected an index of inverted lists"):
+        mine(config_for(output, tiny_encoder, pairs, tiny_corpus, search={"merged": True}))
+    assert mine(config_for(output, tiny_encoder, pairs, tiny_corpus)).manifest.measurements["queries"] == 24
+
+
 def test_what_cannot_be_is_refused(
     whole: Path, tiny_encoder: Path, tiny_xlmr: Path, pairs: Path, tmp_path: Path
 ) -> None:
@@ -273,6 +301,10 @@ def test_what_cannot_be_is_refused(
 
     refused(ArtifactError, r"was made by model \w{12}; expected \w{12}, this model", tiny_xlmr, **given)
     refused(DataError, "no column 'answer'", **given, columns={"positive": "answer"})
+    refused(ArtifactError, r"made with vectors .*float32.*; expected .*float16", **given, vector_dtype="float16")
+    refused(ArtifactError, r'made with prompts \["document"\]; expected \["query"\]', **given, document_prompt="query")
+    with pytest.raises(ValueError, match="corpus and vectors: both are passages to search"):
+        config_for(tmp_path, tiny_encoder, pairs, pairs, **given)
     refused(ConfigError, "negatives up to rank 500 of a corpus of 48 passages", rule={"max_negatives": 500})
     with pytest.raises(ArtifactError, match="holds negatives"):
         mine(config_for(whole, tiny_encoder, pairs, None, rule=RULE | {"seed": 1}))
