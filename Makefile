@@ -25,10 +25,12 @@ artifacts/demo/student:
 	$(MAKE) demo
 
 test: $(VENV)/.dev ## the tests, with coverage
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest $(SLOW) -m "not ray" --numprocesses=2 --dist=loadscope --cov --cov-report=
+	$(BIN)/python -m pytest $(SLOW) -m ray --cov --cov-append --cov-report=term:skip-covered
 
-test-all: $(VENV)/.dev ## the tests, slow ones included
-	$(BIN)/python -m pytest --run-slow --cov --cov-report=term:skip-covered
+# Tests on a cluster share it, and some kill its processes: these go one after another.
+test-all: SLOW := --run-slow
+test-all: test ## the tests, slow ones included
 
 lint: $(VENV)/.dev ## formatting, lint, types and the floors
 	$(BIN)/ruff format --check .
