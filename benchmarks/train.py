@@ -230,8 +230,10 @@ def rate_of(ends: Sequence[float], settings: Settings) -> float:
 def peak_of_a_step(work: Path, batch_size: int) -> int:
     """The most memory that a process holds while it takes one step with so many pairs.
 
-    Texts are cut, so that the longest, whose attention takes the most, is as long in a small batch as in a large one.
+    Texts are cut, so that the longest, whose attention takes the most, is as long in a small batch as in a large one,
+    and no batch is small enough to keep its graph.
     """
+    training.WHOLE_GRAPH_TOKENS, training.MAX_LANES = 0, 1
     samples = read_samples(work, batch_size, MEMORY_TOKENS)
     config = config_for(batch_size, "auto", dropout=False)
     process = psutil.Process()

@@ -104,20 +104,28 @@ def contrast(state: TrainState, dataset: ContrastiveSet, config: ContrastiveConf
         shares = [dealt(lengths, number, world_size()) for number in range(world_size())]
         in_order = torch.from_numpy(np.argsort(np.concatenate(shares))[: len(texts)]).to(device)
         first, last = (len(rows) * number // world_size() for number in (rank(), rank() + 1))
+        assert isinstance(state.head, Objective)  # noqa: S101 (narrows the type)
         of_batch = batch_loss(state.head, samples, in_order, range(first, last))
         result = optimise(state, dataset.token_ids(embedded[shares[rank()]]), of_batch, arithmetic)
         yield Step(state.step, rows[first:last].tolist(), result)
 
 
-def batch_loss(objective: nn.Module, samples: Samples, in_order: torch.Tensor, rows: range) -> BatchLoss:
+def batch_loss(objective: Objective, samples: Samples, in_order: torch.Tensor, rows: range) -> BatchLoss:
     """The loss of the samples `rows` of a batch; `in_order` brings the vectors of all processes into its order."""
     num_documents = len(samples.queries) * (1 + samples.negatives.shape[1])
     most = len(samples.queries) if objective.is_whole else max(1, LOSS_SCORES // num_documents)
+    if samples.guide is not None:
+        samples = samples._replace(guide=functional.normalize(samples.guide, dim=-1))
 
     def of_batch(vectors: torch.Tensor, own: slice) -> Iterator[torch.Tensor]:
+        # Once for all rows, which add up their gradients by these before one is taken by the vectors.
+        prefixes = objective.prefixes(vectors[in_order])
+        leaves = [unit.detach().requires_grad_() for unit in prefixes]
         for first in range(rows.start, rows.stop, most):
             some = slice(first, min(first + most, rows.stop))
-            yield objective(vectors[in_order], samples, some).sum() / len(samples.queries)
+            yield objective(leaves, samples, some).sum() / len(samples.queries)
+        if rows:
+            torch.autograd.backward(prefixes, [leaf.grad for leaf in leaves])
 
     return of_batch
 

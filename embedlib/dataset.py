@@ -21,6 +21,7 @@ from embedlib.objective import Samples
 
 TOKENS, OFFSETS, VECTORS = "tokens.npy", "offsets.npy", "vectors.npy"
 SAMPLES, GROUPS, SHARES, SCORES, LABELS = "samples.npy", "groups.npy", "shares.npy", "scores.npy", "labels.npy"
+ANSWERS = "answers.npy"
 CACHED = ("guide", "teacher", "base")
 """Models whose vectors of all texts may lie beside them, each in a directory of its own."""
 
@@ -79,6 +80,8 @@ class ContrastiveSet(NamedTuple):
     """(num_samples,)."""
     vectors: Mapping[str, npt.NDArray[np.float16]] = MappingProxyType({})
     """(num_texts, dim) of each of the models in `CACHED` that there are."""
+    answers: npt.NDArray[np.int64] | None = None
+    """(pairs, 2) query and positive of the queries that have several positives, ascending."""
 
     @classmethod
     def open(cls, directory: Path) -> "ContrastiveSet":
@@ -96,6 +99,7 @@ class ContrastiveSet(NamedTuple):
             shares=np.load(directory / SHARES),
             scores=mapped(directory / SCORES),
             labels=mapped(directory / LABELS),
+            answers=mapped(directory / ANSWERS),
             vectors={name: array for name, array in vectors.items() if array is not None},
         )
 
@@ -125,7 +129,26 @@ class ContrastiveSet(NamedTuple):
             for name, vectors in self.vectors.items()
         }
         queries, positives = local[:, :2].T.contiguous()
-        return texts, Samples(queries, positives, local[:, 2:], rated, labels, **cached)
+        answers = torch.from_numpy(self._answers_among(texts, np.unique(numbers[:, 0]))).to(device)
+        return texts, Samples(queries, positives, local[:, 2:], rated, labels, answers, **cached)
+
+    def _answers_among(self, texts: npt.NDArray[np.int64], queries: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Which of the `texts`, which are ascending, are known to answer the `queries`: (pairs, 2) by their places."""
+        if self.answers is None:
+            return np.empty((0, 2), np.int64)
+        begins, ends = (np.searchsorted(self.answers[:, 0], queries, side) for side in ("left", "right"))
+        rows = np.concatenate([np.arange(0), *map(np.arange, begins, ends)])
+        known = np.asarray(self.answers[rows])
+        places: npt.NDArray[np.int64] = np.minimum(np.searchsorted(texts, known), len(texts) - 1)
+        there: npt.NDArray[np.bool_] = (texts[places] == known).all(axis=1)
+        return places[there]
+
+
+def several_answers(samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Query and positive (pairs, 2) of the samples whose query has several positives, ascending, each pair once."""
+    pairs = np.unique(samples[:, :2], axis=0)
+    _, of_pair, counts = np.unique(pairs[:, 0], return_inverse=True, return_counts=True)
+    return pairs[counts[of_pair] > 1]
 
 
 def new_array(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.NDArray[Any]:

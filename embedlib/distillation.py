@@ -78,7 +78,11 @@ def load_student(directory: Path, device: torch.device) -> SentenceVectors:
     model = SentenceTransformer(str(directory), device=str(device), trust_remote_code=False, local_files_only=True)
     if device.type == "cpu":
         keep_freed_memory()
-    return SentenceVectors(model.float()).eval().requires_grad_(True)
+    student = SentenceVectors(model.float()).eval().requires_grad_(True)
+    if (pooler := getattr(body_of(model), "pooler", None)) is not None:
+        # No vector comes of it, and processes that exchange gradients would wait for one that never is.
+        pooler.requires_grad_(False)
+    return student
 
 
 def total_steps(num_samples: int, config: DistillationConfig) -> int:

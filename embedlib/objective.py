@@ -131,8 +131,10 @@ class Samples(NamedTuple):
     """(samples, 1 + most negatives) a teacher's, positive first, −inf where there is no negative."""
     labels: torch.Tensor | None = None
     """(samples,) how like query and positive are."""
+    answers: torch.Tensor | None = None
+    """(pairs, 2) a query and a text that answers it, as samples outside of the batch tell."""
     guide: torch.Tensor | None = None
-    """(texts, guide dim) vectors of a guide."""
+    """(texts, guide dim) unit vectors of a guide."""
     teacher: torch.Tensor | None = None
     """(texts, teacher dim) vectors of a teacher."""
     base: torch.Tensor | None = None
@@ -173,16 +175,18 @@ class Objective(nn.Module):
         """Whether rows cannot be cut: CoSENT compares all pairs."""
         return self.config.cosent.weight > 0
 
-    def forward(self, vectors: torch.Tensor, samples: Samples, rows: slice) -> torch.Tensor:
-        """Losses (len(rows),) of those samples, from the pooled vectors (texts, dim) of the whole batch."""
+    def prefixes(self, vectors: torch.Tensor) -> list[torch.Tensor]:
+        """Pooled vectors (texts, dim) as unit vectors of each of the dimensions."""
+        return [functional.normalize(vectors[:, :dim], dim=-1) for dim in self.dimensions]
+
+    def forward(self, prefixes: Sequence[torch.Tensor], samples: Samples, rows: slice) -> torch.Tensor:
+        """Losses (len(rows),) of those samples, from what `prefixes` gives for the whole batch."""
         contrasts = self._contrasts(samples, rows) if self.config.info_nce.weight else []
-        losses = [self._at(dim, vectors[:, :dim], samples, rows, contrasts) for dim in self.dimensions]
+        losses = [self._at(unit, samples, rows, contrasts) for unit in prefixes]
         return torch.stack(losses).mean(dim=0)
 
-    def _at(
-        self, dim: int, vectors: torch.Tensor, samples: Samples, rows: slice, contrasts: Sequence[Contrast]
-    ) -> torch.Tensor:
-        config, unit = self.config, functional.normalize(vectors, dim=-1)
+    def _at(self, unit: torch.Tensor, samples: Samples, rows: slice, contrasts: Sequence[Contrast]) -> torch.Tensor:
+        config, dim = self.config, unit.shape[1]
         queries, positives = samples.queries[rows], samples.positives[rows]
         positive = (unit[queries] * unit[positives]).sum(dim=-1)
         total = unit.new_zeros(len(queries))
@@ -199,8 +203,9 @@ class Objective(nn.Module):
         if config.distil.weight:
             total = total + config.distil.weight * self._distil(dim, unit, samples, rows)
         if config.anchor:
-            distance = 1 - (unit * functional.normalize(_required(samples.base, "base")[:, :dim], dim=-1)).sum(dim=-1)
-            total = total + config.anchor * (distance[queries] + distance[positives]) / 2
+            base = _required(samples.base, "base")[:, :dim]
+            cosines = [functional.cosine_similarity(unit[texts], base[texts], dim=-1) for texts in (queries, positives)]
+            total = total + config.anchor * (1 - (cosines[0] + cosines[1]) / 2)
         if config.scores.margin_mse or config.scores.divergence:
             scores = torch.cat([positive[:, None], _own_negatives(unit, samples, rows)], dim=1)
             teacher = _required(samples.scores, "scores")[rows]
@@ -230,6 +235,10 @@ class Objective(nn.Module):
         columns = torch.searchsorted(documents, samples.positives).expand_as(alike)
         answers = torch.zeros(len(alike), len(documents), dtype=torch.uint8, device=documents.device)
         answers = answers.scatter_reduce(1, columns, alike.to(torch.uint8), "amax").bool()
+        if samples.answers is not None and len(samples.answers):
+            asked, answering = samples.answers.T
+            answers |= _linked(samples.queries[rows], asked, answering, documents)
+            alike = alike | _linked(samples.positives[rows], answering, asked, samples.queries)
         contrasts = []
         for direction in self.config.info_nce.directions:
             left, right, own = sides[direction]
@@ -243,7 +252,7 @@ class Objective(nn.Module):
     def _masked(
         self, left: torch.Tensor, right: torch.Tensor, samples: Samples, rows: slice, config: GuideConfig
     ) -> torch.Tensor:
-        rating = functional.normalize(_required(samples.guide, "guide"), dim=-1)
+        rating = _required(samples.guide, "guide")
         positive = (rating[samples.queries[rows]] * rating[samples.positives[rows]]).sum(dim=-1)
         return likely_positives(positive, rating[left] @ rating[right].T, config.margin, config.kind)
 
@@ -261,6 +270,12 @@ class Objective(nn.Module):
             # A prefix of a unit vector is none: it is normalised anew at each width.
             losses.append(squared_error(student, functional.normalize(target, dim=-1)))
         return torch.stack(losses).mean(dim=0)
+
+
+def _linked(left: torch.Tensor, ends: torch.Tensor, others: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Whether a pair of `ends` and `others` (pairs,) joins a text of `left` and one of `right`, (left, right)."""
+    at_left, at_right = (left[:, None] == ends).float(), (others[:, None] == right).float()
+    return at_left @ at_right > 0
 
 
 def _own_negatives(unit: torch.Tensor, samples: Samples, rows: slice) -> torch.Tensor:

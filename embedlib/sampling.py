@@ -53,22 +53,26 @@ class BatchPlan(NamedTuple):
 
         Those that are left when all batches are full share batches of their own, twins or not: the loss knows them.
         """
-        num_batches = max(1, round(len(samples) / self.batch_size))
+        # A group that is gone through several times in an epoch fills a batch with its samples once at most.
+        full = min(self.batch_size, len(np.unique(samples)))
+        num_batches = max(1, round(len(samples) / max(1, full)))
         waiting: list[tuple[int, list[int]]] = []
         ahead = self._with_texts(samples)
         for size in (len(part) for part in np.array_split(samples, num_batches) if len(part)):
             batch: list[tuple[int, list[int]]] = []
             seen: set[int] = set()
             left: list[tuple[int, list[int]]] = []
+            drawn: set[int] = set()
             candidates = iter(waiting)
             while len(batch) < size and len(left) < MOST_PASSED_OVER * size:
                 found = next(candidates, None) or next(ahead, None)
                 if found is None:
                     break
-                if any(text in seen and text != NO_TEXT for text in found[1]):
+                if found[0] in drawn or any(text in seen and text != NO_TEXT for text in found[1]):
                     left.append(found)
                 else:
                     batch.append(found)
+                    drawn.add(found[0])
                     seen.update(found[1])
             waiting = [*left, *candidates]
             if 2 * len(batch) < size:
@@ -77,13 +81,24 @@ class BatchPlan(NamedTuple):
             yield np.array([sample for sample, _ in batch])
         rest = np.array([sample for sample, _ in (*waiting, *ahead)], np.int64)
         if len(rest):
-            yield from np.array_split(rest, -(-len(rest) // self.batch_size))
+            # The same sample again is nothing to be told apart from, so it goes into another batch.
+            for turn in turns_of(rest):
+                yield from np.array_split(turn, -(-len(turn) // self.batch_size))
 
     def _with_texts(self, samples: npt.NDArray[np.int64]) -> Iterator[tuple[int, list[int]]]:
         """Each sample with its texts, read many at a time."""
         for start in range(0, len(samples), READ_SAMPLES):
             some = samples[start : start + READ_SAMPLES]
             yield from zip(some.tolist(), self.texts[some].tolist(), strict=True)
+
+
+def turns_of(samples: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.int64]]:
+    """The samples, each once in the first turn, those that are there again in the second, and so on."""
+    while len(samples):
+        first = np.zeros(len(samples), np.bool_)
+        first[np.unique(samples, return_index=True)[1]] = True
+        yield samples[first]
+        samples = samples[~first]
 
 
 def temperature_shares(

@@ -407,6 +407,7 @@ class Backward(NamedTuple):
     def _by_vectors(self, parts: list[torch.Tensor], micro_batches: MicroBatches) -> tuple[float, torch.Tensor]:
         """This process' part of the loss, and the whole loss's gradient by its own vectors (rows, dim)."""
         vectors, start = all_gather_rows(torch.cat(parts)[np.argsort(np.concatenate(micro_batches))])
+        parts.clear()
         own = slice(start, start + sum(map(len, micro_batches)))
         vectors.requires_grad_(True)
         vectors.grad = torch.zeros_like(vectors)  # a process may have no part in a small batch

@@ -260,11 +260,14 @@ def _numbered(chunks: list[_Rows], rejected: list[Rejected]) -> TrainingTexts:
     for each in chunks:
         queries = numbers[each.data.query_prompt].pop(0)
         documents = numbers[each.data.document_prompt].pop(0)
-        numbers_of = np.concatenate([queries[:, None], _padded(documents, each.counts, most, NO_TEXT)], axis=1)
-        # A row's own query, or its positive, is no negative of it.
-        own = (numbers_of[:, 2:, None] == numbers_of[:, None, :2]).any(axis=2)
+        samples.append(np.concatenate([queries[:, None], _padded(documents, each.counts, most, NO_TEXT)], axis=1))
+    answers = np.unique(np.concatenate([numbers_of[:, 0] * first + numbers_of[:, 1] for numbers_of in samples]))
+    for each, numbers_of in zip(chunks, samples, strict=True):
+        # A row's own query is no negative of it, nor is what answers its query in any row.
+        pairs = numbers_of[:, :1] * first + numbers_of[:, 2:]
+        places = np.minimum(np.searchsorted(answers, pairs), len(answers) - 1)
+        own = (answers[places] == pairs) | (numbers_of[:, 2:] == numbers_of[:, :1])
         numbers_of[:, 2:][own] = NO_TEXT
-        samples.append(numbers_of)
         if each.scores is not None:
             scores.append(_padded(each.scores, each.counts, most, -np.inf))
             scores[-1][:, 1:][own] = -np.inf

@@ -26,6 +26,7 @@ from embedlib.config import Config
 from embedlib.contrastive import ContrastiveConfig, contrast, load_encoder, retrieval_mrr, start_contrast
 from embedlib.corpus import READ_ROWS
 from embedlib.dataset import (
+    ANSWERS,
     CACHED,
     GROUPS,
     LABELS,
@@ -33,6 +34,7 @@ from embedlib.dataset import (
     SCORES,
     SHARES,
     ContrastiveSet,
+    several_answers,
     write_tokens,
     write_vectors,
 )
@@ -277,6 +279,7 @@ def write_samples(directory: Path, texts: Path, encoder: Encoder, temperature: f
     there = sizes > 0
     shares[there] = temperature_shares(sizes[there], weights[there], temperature)
     np.save(directory / SHARES, shares)
+    np.save(directory / ANSWERS, several_answers(np.load(texts / SAMPLES, mmap_mode="r")))
     for file in (SAMPLES, GROUPS, SCORES, LABELS):
         if (texts / file).exists():
             shutil.copyfile(texts / file, directory / file)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedlib.batching import TokenIds
-from embedlib.dataset import DistillationSet, write_tokens, write_vectors
+from embedlib.dataset import ContrastiveSet, DistillationSet, several_answers, write_tokens, write_vectors
 from embedlib.errors import DataError
 
 TOKENS = [np.arange(length, dtype=np.int32) + 10 * length for length in (3, 1, 5, 2, 4)]
@@ -59,3 +59,17 @@ def test_too_many_token_ids_are_refused(tmp_path: Path) -> None:
 def test_missing_and_repeated_ids_are_refused(tmp_path: Path, ids: list[int], missing: int, repeated: int) -> None:
     with pytest.raises(DataError, match=f"of 5 samples: {missing} missing, {repeated} repeated"):
         write_vectors(tmp_path, 5, 6, [(np.array([row]), VECTORS[[row]]) for row in ids])
+
+
+def test_a_batch_knows_what_else_answers_its_queries() -> None:
+    samples = np.array([[0, 10], [0, 11], [1, 11], [2, 12], [2, 13], [2, 12]])
+    answers = several_answers(samples)
+    assert answers.tolist() == [[0, 10], [0, 11], [2, 12], [2, 13]]
+    dataset = ContrastiveSet(
+        np.zeros(14, np.int32), np.arange(15), samples, np.zeros(6, np.int64), np.ones(1), answers=answers
+    )
+    texts, batch = dataset.batch(np.array([0, 2, 3]), torch.device("cpu"))
+    assert texts.tolist() == [0, 1, 2, 10, 11, 12]
+    assert batch.answers is not None
+    # Text 11, the positive of query 1, answers query 0 as well; 13 is not in the batch.
+    assert [[int(texts[place]) for place in pair] for pair in batch.answers] == [[0, 10], [0, 11], [2, 12]]

@@ -1,11 +1,12 @@
 import io
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
+from transformers import BertConfig, BertModel
 
 from embedlib.compression import CompressionConfig, compress, write_student
 from embedlib.corpus import texts_by_language
@@ -28,6 +29,10 @@ from embedlib.encoder import Encoder
 from embedlib.losses import LossConfig
 from embedlib.torch_model import SentenceVectors
 from embedlib.training import OptimizerConfig, TrainState
+from tests.conftest import body_values, write_encoder
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 CPU = torch.device("cpu")
 CONFIG = DistillationConfig(
@@ -142,6 +147,17 @@ def test_a_student_is_loaded_for_training(student: Path, tiny_texts: list[str]) 
 def test_the_arithmetic_is_as_configured(name: Literal["float32", "bfloat16"], dtype: torch.dtype) -> None:
     assert resolve_dtype(name, CPU) == dtype
     assert resolve_dtype("auto", CPU) in (torch.float32, torch.bfloat16)
+
+
+def test_a_pooler_that_no_vector_comes_of_is_not_trained(tiny_tokenizer: "Tokenizer", tmp_path: Path) -> None:
+    # As hub models have it; processes that exchange gradients would wait for its own.
+    body = BertModel(BertConfig(**body_values(tiny_tokenizer)))
+    directory = write_encoder(tmp_path, body, tiny_tokenizer, "mean_tokens")
+    student = load_student(directory, torch.device("cpu"))
+    asked = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
+    student(**student.collate([np.array([0, 5, 6, 2], np.int32)])).sum().backward()  # type: ignore[no-untyped-call]
+    assert asked == {name for name, parameter in student.named_parameters() if parameter.grad is not None}
+    assert any("pooler" in name for name, _ in student.named_parameters())
 
 
 def test_the_same_seed_gives_the_same_student(student: Path, dataset: DistillationSet) -> None:

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,8 +18,13 @@ VECTORS = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
 WHOLE = slice(0, 2)
 
 
-def objective(**values: object) -> Objective:
-    return Objective(ObjectiveConfig.model_validate(values), 8, 5 if values.pop("narrow", None) else None)
+def objective(**values: object) -> Callable[[torch.Tensor, Samples, slice], torch.Tensor]:
+    return partial(losses, Objective(ObjectiveConfig.model_validate(values), 8))
+
+
+def losses(module: Objective, vectors: torch.Tensor, samples: Samples, rows: slice) -> torch.Tensor:
+    found: torch.Tensor = module(module.prefixes(vectors), samples, rows)
+    return found
 
 
 def cosines(dim: int = 8) -> torch.Tensor:
@@ -76,7 +83,7 @@ def test_a_teacher_of_another_width_has_a_projection_a_prefix() -> None:
         "projections.8.weight": (5, 8),
         "projections.4.weight": (5, 4),
     }
-    module(VECTORS, SAMPLES._replace(teacher=torch.randn(6, 5)), WHOLE).sum().backward()
+    losses(module, VECTORS, SAMPLES._replace(teacher=torch.randn(6, 5)), WHOLE).sum().backward()
     assert all(weight.grad is not None and weight.grad.any() for weight in module.parameters())
 
 
@@ -138,6 +145,20 @@ def test_what_answers_a_twin_is_no_negative() -> None:
     for sample, positive in enumerate((2, 3)):
         expected = functional.cross_entropy(scores[[positive, 4]][None], torch.tensor([0]))
         torch.testing.assert_close(found[sample], expected)
+
+
+@pytest.mark.parametrize("directions", [["query_to_document"], ["document_to_query"]])
+def test_what_samples_elsewhere_tell_to_be_an_answer_is_no_negative(directions: list[str]) -> None:
+    # Text 3, the second sample's positive, answers the first query as well; a sample outside of the batch says so.
+    told = SAMPLES._replace(answers=torch.tensor([[0, 2], [0, 3]]))
+    found = objective(info_nce={"directions": directions})(VECTORS, told, WHOLE)
+    table = cosines() / 0.05
+    if directions == ["query_to_document"]:
+        rows = table[0, [2, 4, 5]], table[1, [3, 2, 4, 5]]
+    else:
+        rows = table[2, [0, 1]], table[3, [1]]
+    for sample, scores in enumerate(rows):
+        torch.testing.assert_close(found[sample], functional.cross_entropy(scores[None], torch.tensor([0])))
 
 
 def test_a_query_is_not_its_own_negative() -> None:

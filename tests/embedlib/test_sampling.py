@@ -61,6 +61,28 @@ def test_shares_draw_more_of_small_groups_and_lose_none_over_epochs() -> None:
     assert set(two_epochs[900:].tolist()) == {10}
 
 
+@given(st.integers(1, 40), st.integers(1, 40), st.floats(0, 1), st.integers(2, 50))
+def test_a_sample_is_in_a_batch_once_however_often_an_epoch_has_it(
+    large: int, small: int, temperature: float, batch_size: int
+) -> None:
+    sizes = np.array([large, small])
+    shares = temperature_shares(sizes, np.ones(2), temperature)
+    plan = BatchPlan(np.repeat([0, 1], sizes), np.arange(large + small)[:, None], shares, batch_size, 0)
+    batches = plan.epoch(0)
+    assert all(len(batch) == len(set(batch.tolist())) for batch in batches)
+    drawn = np.bincount(plan.groups[np.concatenate(batches)], minlength=2)
+    assert drawn.tolist() == np.round(shares * sizes).astype(int).tolist()
+
+
+def test_a_small_group_gets_its_share_of_steps() -> None:
+    sizes = np.array([10_000, 100])
+    plan = BatchPlan(
+        np.repeat([0, 1], sizes), np.arange(10_100)[:, None], temperature_shares(sizes, np.ones(2), 0.5), 256, 0
+    )
+    of_small = [len(batch) for batch in plan.epoch(0) if plan.groups[batch[0]] == 1]
+    assert sorted(of_small) == [18, *[100] * 9]
+
+
 def test_a_text_that_is_everywhere_costs_no_batches_of_one() -> None:
     texts = [[row if row % 10 else 0, 5000 + row] for row in range(2000)]
     sizes = [len(batch) for batch in plan_of([0] * 2000, texts, 64).epoch(0)]

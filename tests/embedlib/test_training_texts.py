@@ -56,6 +56,22 @@ def test_pairs_triplets_and_mined_negatives_are_one(tmp_path: Path) -> None:
     assert found.samples[0, 1] != found.samples[5, 1]
 
 
+def test_what_answers_a_query_in_another_row_is_no_negative_of_it(tmp_path: Path) -> None:
+    mined = written(
+        tmp_path / "mined.parquet",
+        query=["q", "q", "r"],
+        positives=[["p", "p2"], ["p3"], ["s"]],
+        negatives=[["p3", "n"], ["p", "p2", "n2"], ["p"]],
+    )
+    found = read_training_texts([TrainingData(path=mined, positive="positives", negatives="negatives")], 100)
+    assert [[text.partition(":")[2] for text in sample] for sample in spelled(found)] == [
+        ["q", "p", "n"],
+        ["q", "p2", "n"],
+        ["q", "p3", "n2"],
+        ["r", "s", "p"],
+    ]
+
+
 def test_scores_follow_the_negatives_that_are_kept(tmp_path: Path) -> None:
     path = written(
         tmp_path / "mined.parquet",
