@@ -88,7 +88,7 @@ def start_contrast(model: nn.Module, dataset: ContrastiveSet, config: Contrastiv
     objective = Objective(config.objective, width, teacher).to(device)
     optimizer = build_optimizer(model, config.optimizer, objective)
     total = sum(len(plan.epoch(epoch)) for epoch in range(config.epochs))
-    return TrainState(model, optimizer, config.optimizer, total, head=objective)
+    return TrainState(model, optimizer, config.optimizer, total, config.seed, head=objective)
 
 
 def contrast(state: TrainState, dataset: ContrastiveSet, config: ContrastiveConfig) -> Iterator[Step]:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PROMPTS_NAME = "config_sentence_transformers.json"
+DIMENSIONS = "matryoshka_dims"
 SPECIAL_TOKENS = {
     "bos_token": "<s>",
     "cls_token": "<s>",
@@ -97,14 +98,17 @@ def trained_dimensions(directory: Path) -> list[int]:
     """The sizes to which a model's vectors may be cut, as matryoshka training notes them; empty where it had none."""
     path = directory / PROMPTS_NAME
     values = json.loads(path.read_text()) if path.is_file() else {}
-    return [int(size) for size in values.get("matryoshka_dims") or []]
+    return [int(size) for size in values.get(DIMENSIONS) or []]
 
 
-def write_trained_dimensions(directory: Path, sizes: Sequence[int]) -> None:
-    """Note the sizes to which the vectors of a model may be cut."""
+def write_trained_dimensions(directory: Path, sizes: Collection[int]) -> None:
+    """Note the sizes to which the vectors of a model may be cut; with none, what was noted before goes."""
     path = directory / PROMPTS_NAME
     values = json.loads(path.read_text()) if path.is_file() else {}
-    write_json(path, values | {"matryoshka_dims": sorted(set(sizes), reverse=True)})
+    noted = {key: value for key, value in values.items() if key != DIMENSIONS}
+    noted |= {DIMENSIONS: sorted(set(sizes), reverse=True)} if sizes else {}
+    if noted != values:
+        write_json(path, noted)
 
 
 @contextmanager

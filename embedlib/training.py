@@ -20,10 +20,11 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from embedlib.artifact import fingerprint
 from embedlib.batching import TokenIds, token_budget_batches
 from embedlib.collectives import all_gather_rows, all_reduce_max, all_reduce_sum, rank, world_size
 from embedlib.config import Config
-from embedlib.errors import DataError
+from embedlib.errors import ConfigError, DataError
 from embedlib.losses import LossConfig, distillation_loss
 from embedlib.packing import Collate
 from embedlib.threads import side_by_side
@@ -87,6 +88,8 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     config: OptimizerConfig
     total_steps: int
+    seed: int = 0
+    """Decides what dropout leaves out, anew in every step and process."""
     step: int = 0
     """Steps done; with batch size, seed and number of samples it is the data cursor, at any world size."""
     head: nn.Module = field(default_factory=nn.Identity)
@@ -99,12 +102,13 @@ class TrainState:
         return [each for part in (self.model, self.head) for each in part.parameters() if each.requires_grad]
 
     def follow(self) -> None:
-        """Move the running average towards the weights."""
+        """Move the running average towards the weights; the first steps, which it would long be full of, weigh less."""
         if self.config.average is None:
             return
+        kept = min(self.config.average, (1 + self.step) / (10 + self.step))
         for name, weights in bare(self.model).state_dict().items():
             if name in self.averaged:
-                self.averaged[name].lerp_(weights, 1 - self.config.average)
+                self.averaged[name].lerp_(weights, 1 - kept)
             else:
                 self.averaged[name] = weights.clone()
 
@@ -122,11 +126,10 @@ class TrainState:
             bare(self.model).load_state_dict(own)
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimiser, step, random state, head and average; weights are saved apart, as safetensors."""
+        """Optimiser, step, head and average; weights are saved apart, as safetensors."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
-            "rng": torch.get_rng_state(),
             "head": self.head.state_dict(),
             "averaged": self.averaged,
         }
@@ -138,7 +141,6 @@ class TrainState:
         self.head.load_state_dict(state["head"])
         device = next(self.model.parameters()).device
         self.averaged = {name: weights.to(device) for name, weights in state["averaged"].items()}
-        torch.set_rng_state(state["rng"])
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -178,6 +180,8 @@ def freeze_blocks(model: nn.Module, num_blocks: int) -> None:
     Before `model` is wrapped for several processes, which would wait for their gradients.
     """
     top = _top_block(model)
+    if num_blocks > top:
+        raise ConfigError(f"optimizer.frozen_blocks: {num_blocks} of the model's {top + 1}; expected {top} at most")
     for name, parameter in model.named_parameters():
         if _block(name, top) < num_blocks:
             parameter.requires_grad_(False)
@@ -281,6 +285,9 @@ def optimise(
 ) -> StepResult:
     """One optimiser step on this process' texts; `of_rows` is given where rows do not depend on each other."""
     device = _device(state)
+    if state.model.training:
+        # By the step, so that a resumed run goes on as if it had not stopped, whatever the device.
+        torch.manual_seed(int(fingerprint(seed=state.seed, step=state.step, process=rank())[:15], 16))
     lengths = np.array([len(sequence) for sequence in tokens])
     micro_batches = list(token_budget_batches(lengths, arithmetic.batch_tokens))
     # Nothing is used twice within one forward, and a cache would be one for all threads.

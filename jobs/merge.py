@@ -8,6 +8,7 @@ from jobs.cli import run_job  # isort: skip (takes jobs/ off sys.path before any
 
 import json
 from collections.abc import Sequence
+from math import isclose
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -21,6 +22,7 @@ from embedlib.dataset import ContrastiveSet
 from embedlib.distillation import load_student, write_trained
 from embedlib.errors import ConfigError
 from embedlib.merging import SelfPositioning, Weights, linear, slerp, task_arithmetic, ties
+from embedlib.model_directory import read_prompts, trained_dimensions, write_trained_dimensions
 from embedlib.objective import InfoNCEConfig, ObjectiveConfig
 from embedlib.pretrained import pretrained_directory
 from embedlib.training import OptimizerConfig
@@ -28,7 +30,8 @@ from embedlib.training_texts import TrainingData
 from jobs.runtime import Progress, artifacts_directory, connect
 from jobs.train import TrainConfig, make_dataset, make_texts
 
-TOKENIZER = "tokenizer.json"
+TOKENIZER, POOLING = "tokenizer.json", "1_Pooling/config.json"
+TOKENIZER_PARTS = ("normalizer", "pre_tokenizer", "post_processor", "added_tokens")
 
 
 class ProbeConfig(Config):
@@ -86,6 +89,8 @@ class MergeConfig(Config):
             raise ValueError(f"models: {len(self.models)}; SLERP takes two")
         if self.weights is not None and len(self.weights) != len(self.models):
             raise ValueError(f"weights: {len(self.weights)}; expected one for each of {len(self.models)} models")
+        if self.method == "linear" and self.weights is not None and not isclose(sum(self.weights), 1, abs_tol=1e-6):
+            raise ValueError(f"weights: {self.weights} add up to {sum(self.weights):g}; expected 1 for linear")
         if self.method == "self_positioning" and not self.probe.data:
             raise ValueError("probe.data: none; Self Positioning searches on it")
         return self
@@ -119,6 +124,7 @@ def merge(config: MergeConfig) -> Path:
     if is_finished(target, mark):
         return target
     require_same_tokenizer(every)
+    require_same_use(every)
     models = [weights_of(directory) for directory in directories]
     base = weights_of(base_directory) if base_directory else None
     require_same_shapes(every, [*models, *([base] if base else [])])
@@ -133,6 +139,8 @@ def merge(config: MergeConfig) -> Path:
         else:
             merged = combined(config, base or {}, models)
         write_trained(scratch, every[-1], merged)
+        # Only what every model was trained for holds of what they make up.
+        write_trained_dimensions(scratch, set.intersection(*(set(trained_dimensions(each)) for each in directories)))
     return target
 
 
@@ -187,7 +195,10 @@ def weights_of(directory: Path) -> Weights:
 
 def require_same_tokenizer(directories: Sequence[Path]) -> None:
     """ConfigError that says how tokenizers differ: a row of the embedding table must mean the same piece everywhere."""
-    first, *others = (json.loads((directory / TOKENIZER).read_text())["model"] for directory in directories)
+    if missing := [directory for directory in directories if not (directory / TOKENIZER).is_file()]:
+        raise ConfigError(f"models: {missing[0]} has no {TOKENIZER}; expected a fast tokenizer")
+    whole = [json.loads((directory / TOKENIZER).read_text()) for directory in directories]
+    first, *others = (each["model"] for each in whole)
     for directory, other in zip(directories[1:], others, strict=True):
         if first.get("type") != other.get("type"):
             raise ConfigError(
@@ -199,6 +210,25 @@ def require_same_tokenizer(directories: Sequence[Path]) -> None:
         for number, (a, b) in enumerate(zip(here, there, strict=True)):
             if a != b:
                 raise ConfigError(f"models: piece {number} of {directory} is {b!r}; of {directories[0]} {a!r}")
+    for directory, each in zip(directories[1:], whole[1:], strict=True):
+        for part in TOKENIZER_PARTS:
+            if each.get(part) != whole[0].get(part):
+                raise ConfigError(f"models: {part} of {directory}'s tokenizer is not that of {directories[0]}")
+
+
+def require_same_use(directories: Sequence[Path]) -> None:
+    """ConfigError where models pool differently, or were trained with other prompts: none of them would be meant."""
+    for directory in directories[1:]:
+        for what, read in (("pooling", pooling_of), ("prompts", read_prompts)):
+            here, there = read(directories[0]), read(directory)
+            if here != there:
+                raise ConfigError(f"models: {what} of {directory}: {there}; of {directories[0]}: {here}")
+
+
+def pooling_of(directory: Path) -> Any:
+    """How a model makes one vector of a text's many."""
+    path = directory / POOLING
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def pieces(model: dict[str, Any]) -> list[Any]:

@@ -11,6 +11,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
+from glob import glob
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -28,6 +29,7 @@ from jobs.runtime import artifacts_directory, connect, format_seconds
 JobName = Literal["corpus", "distill", "embed", "bitext", "mine", "train", "merge", "evaluate"]
 REFERENCE = re.compile(r"\{(\w+)\}")
 STATE = "recipe.json"
+FILES = (".parquet", ".jsonl", ".csv", ".txt")
 
 
 class Job(NamedTuple):
@@ -171,6 +173,20 @@ def run_stages(config: RecipeConfig, stages: list[Stage]) -> Iterator[tuple[Stag
         yield stage, Done(state, time.monotonic() - start)
 
 
+def require_files(config: RecipeConfig) -> None:
+    """ConfigError for a path that names files and finds none: a stage would say so hours later."""
+    for name, value in config.paths.items():
+        is_file = Path(value).suffix in FILES or value.startswith(("/", "./", "../", "~"))
+        if is_file and Store.at(value).is_local and not glob(str(Path(value).expanduser())):
+            raise ConfigError(f"paths.{name}: {value!r} finds no file; expected one that there is")
+
+
+def write_state(config: RecipeConfig, done: Mapping[str, Done]) -> None:
+    """What became of the stages so far, beside them."""
+    values = {name: each._asdict() for name, each in done.items()}
+    (config.directory / STATE).write_text(json.dumps(values, indent=2) + "\n")
+
+
 def table_of(stages: list[Stage], done: Mapping[str, Done]) -> Table:
     """The recipe as a graph: each stage, what it takes, and what became of it."""
     table = Table("stage", "takes", "state", "time")
@@ -184,14 +200,19 @@ def table_of(stages: list[Stage], done: Mapping[str, Done]) -> Table:
 def main(config: RecipeConfig) -> dict[str, Done]:
     """Check all stages, then run them; the table is printed whatever becomes of them."""
     stages = resolve(config)
+    require_files(config)
     connect()
     config.directory.mkdir(parents=True, exist_ok=True)
     done: dict[str, Done] = {}
     try:
         for stage, state in run_stages(config, stages):
             done[stage.name] = state
-            values = {name: each._asdict() for name, each in done.items()}
-            (config.directory / STATE).write_text(json.dumps(values, indent=2) + "\n")
+            write_state(config, done)
+    except Exception:
+        failed = next(stage.name for stage in stages if stage.name not in done)
+        done[failed] = Done("failed", 0.0)
+        write_state(config, done)
+        raise
     finally:
         Console(width=100).print(table_of(stages, done))
     return done

@@ -325,8 +325,7 @@ def make_model(config: TrainConfig, initial: Path, initial_mark: str, dataset: P
     kept = config.model_dump(mode="json")
     with new_artifact(directory, "model", mark, parents=parents, config=kept) as (scratch, measurements):
         write_trained(scratch, initial, state["averaged"] or weights)
-        if config.training.objective.dimensions:
-            write_trained_dimensions(scratch, config.training.objective.dimensions)
+        write_trained_dimensions(scratch, config.training.objective.dimensions)
         measurements |= read_history(log, VALIDATION)
     return directory
 

@@ -22,6 +22,7 @@ from embedlib.contrastive import (
     start_contrast,
 )
 from embedlib.dataset import ContrastiveSet
+from embedlib.errors import ConfigError
 from embedlib.training import TrainState
 
 CPU = torch.device("cpu")
@@ -213,6 +214,26 @@ def test_training_finds_the_positives(tiny_encoder: Path) -> None:
     before = retrieval_mrr(model, dataset(), torch.float32)
     list(contrast(start_contrast(model, dataset(), config), dataset(), config))
     assert retrieval_mrr(model, dataset(), torch.float32) > max(0.9, before)
+
+
+def test_freezing_everything_is_refused(tiny_encoder: Path) -> None:
+    config = config_for("plain", optimizer={"frozen_blocks": 5})
+    with pytest.raises(ConfigError, match="frozen_blocks: 5 of the model's 5; expected 4 at most"):
+        load_encoder(tiny_encoder, CPU, config)
+
+
+def test_the_average_forgets_its_first_steps_quickly(tiny_encoder: Path) -> None:
+    config = config_for("plain", epochs=10, optimizer={"learning_rate": 1e-3, "average": 0.999})
+    state = start_contrast(load_encoder(tiny_encoder, CPU, config), dataset(), config)
+    first = {}
+    for step in contrast(state, dataset(), config):
+        if step.step == 1:
+            first = {name: weights.clone() for name, weights in state.model.state_dict().items()}
+    last, averaged = state.model.state_dict(), state.averaged
+    moved = [name for name in first if not torch.equal(first[name], last[name])]
+    nearer = [(averaged[name] - last[name]).norm() < (averaged[name] - first[name]).norm() for name in moved]
+    assert moved
+    assert all(nearer)
 
 
 def test_frozen_blocks_stay_and_lower_layers_learn_more_slowly(tiny_encoder: Path) -> None:

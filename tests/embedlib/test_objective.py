@@ -117,6 +117,8 @@ def test_what_is_missing_is_named() -> None:
         objective(distil={"weight": 1.0})(VECTORS, SAMPLES, WHOLE)
     with pytest.raises(ValidationError, match="every weight is 0"):
         ObjectiveConfig.model_validate({"info_nce": {"weight": 0}})
+    with pytest.raises(ValidationError, match="cosent: info_nce would contrast pairs of whatever label"):
+        ObjectiveConfig.model_validate({"cosent": {"weight": 1}})
 
 
 @pytest.mark.parametrize("directions", [["query_to_doc"], ["query_to_doc", "doc_to_query"]])

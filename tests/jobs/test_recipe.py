@@ -54,6 +54,11 @@ def test_only_stages_that_there_are() -> None:
         resolve(recipe({"a": TRAIN}, only=["nought"]))
 
 
+def test_a_path_without_a_file_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"paths.pairs: 'p.parquet' finds no file"):
+        main(recipe({"a": TRAIN}, output=tmp_path / "out"))
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_recipe_runs_and_a_rerun_does_nothing_again(

@@ -1,0 +1,67 @@
+"""What can be merged, and what the merged model may say of itself; none of it needs a cluster."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embedlib.errors import ConfigError
+from embedlib.model_directory import trained_dimensions, write_json, write_trained_dimensions
+from jobs.merge import MergeConfig, merge
+
+
+@pytest.fixture
+def others(tiny_encoder: Path, tmp_path: Path) -> list[Path]:
+    """Two models that are alike, to be changed."""
+    return [shutil.copytree(tiny_encoder, tmp_path / name) for name in ("first", "second")]
+
+
+def merged(models: list[Path], tmp_path: Path, **values: Any) -> Path:
+    given = {"output": str(tmp_path / "merged"), "models": [str(model) for model in models]}
+    return merge(MergeConfig.model_validate(given | values))
+
+
+def test_a_merged_model_may_be_cut_where_all_its_parts_may(others: list[Path], tmp_path: Path) -> None:
+    for model, sizes in zip(others, ([16, 8], [16, 4]), strict=True):
+        write_trained_dimensions(model, sizes)
+    assert trained_dimensions(merged(others, tmp_path)) == [16]
+
+
+def test_no_sizes_leave_none_noted(tiny_encoder: Path, others: list[Path]) -> None:
+    noted = others[0] / "config_sentence_transformers.json"
+    before = noted.read_text()
+    write_trained_dimensions(others[0], [16])
+    write_trained_dimensions(others[0], [])
+    assert json.loads(noted.read_text()) == json.loads(before)
+    noted.unlink()
+    write_trained_dimensions(others[0], [])
+    assert not noted.exists()
+
+
+def changed(path: Path, **values: Any) -> None:
+    write_json(path, json.loads(path.read_text()) | values)
+
+
+def test_models_that_are_not_used_alike_are_refused(others: list[Path], tmp_path: Path) -> None:
+    second = others[1]
+    changed(second / "tokenizer.json", normalizer={"type": "Lowercase"})
+    with pytest.raises(ConfigError, match=r"normalizer of .*second's tokenizer is not that of .*first"):
+        merged(others, tmp_path)
+    shutil.copy(others[0] / "tokenizer.json", second)
+    changed(second / "config_sentence_transformers.json", prompts={"query": "ask: "})
+    with pytest.raises(ConfigError, match=r"prompts of .*second: .*ask: "):
+        merged(others, tmp_path)
+    shutil.copy(others[0] / "config_sentence_transformers.json", second)
+    changed(second / "1_Pooling" / "config.json", pooling_mode_mean_tokens=False, pooling_mode_cls_token=True)
+    with pytest.raises(ConfigError, match=r"pooling of .*second"):
+        merged(others, tmp_path)
+    (second / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"second has no tokenizer\.json"):
+        merged(others, tmp_path)
+
+
+def test_linear_weights_add_up_to_one(others: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"weights: \[1.0, 1.0\] add up to 2; expected 1 for linear"):
+        merged(others, tmp_path, weights=[1.0, 1.0])
