@@ -38,7 +38,8 @@ class ProbeConfig(Config):
     """How Self Positioning searches."""
 
     data: list[TrainingData] = Field(default_factory=list)
-    """Samples of the tasks that the merged model is for; few thousand are enough."""
+    """Samples of the tasks that the merged model is for; few thousand are enough. Best are some that no model was
+    trained on: on its own samples each looks better than it is."""
     learning_rate: float = Field(default=0.02, gt=0)
     """Of the merge weights."""
     epochs: int = Field(default=1, ge=1)
@@ -47,6 +48,8 @@ class ProbeConfig(Config):
     """Samples of a step."""
     temperature: float = Field(default=0.05, gt=0)
     """Of InfoNCE, which is what is minimised."""
+    sampling_temperature: float = Field(default=0.0, ge=0, le=1)
+    """A dataset weighs (its samples)**sampling_temperature: at 0 all tasks count alike, however many samples they have."""
     seed: int = 0
     """Decides the order of the samples."""
 
@@ -58,6 +61,7 @@ class ProbeConfig(Config):
             batch_size=self.batch_size,
             objective=ObjectiveConfig(info_nce=InfoNCEConfig(temperature=self.temperature)),
             optimizer=OptimizerConfig(learning_rate=self.learning_rate, max_grad_norm=1e9),
+            sampling_temperature=self.sampling_temperature,
             seed=self.seed,
         )
 
