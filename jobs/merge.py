@@ -49,7 +49,7 @@ class ProbeConfig(Config):
     temperature: float = Field(default=0.05, gt=0)
     """Of InfoNCE, which is what is minimised."""
     sampling_temperature: float = Field(default=0.0, ge=0, le=1)
-    """A dataset weighs (its samples)**sampling_temperature: at 0 all tasks count alike, however many samples they have."""
+    """A dataset weighs (its samples)**sampling_temperature: at 0 all tasks count alike, whatever their size."""
     seed: int = 0
     """Decides the order of the samples."""
 
