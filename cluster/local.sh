@@ -43,7 +43,32 @@ fi
 # The head's process id as long as it lives and is ours: the kernel gives ids again.
 head_pid() {
   local pid
-  pid=$(cat "$home/pid" 2>/dev/null) && ps -o args= -p "$pid" 2>/dev/null | grep -q "ray start --head" && echo "$pid"
+  pid=$(cat "$home/pid" 2>/dev/null) && commands "$pid" | grep -q "ray start --head" && echo "$pid"
+}
+
+# Process ids and command lines: of all processes, or of one. Slim images have no `ps`, macOS has no /proc.
+commands() {
+  if [ -d /proc/self ]; then
+    local file
+    for file in /proc/${1:-[0-9]*}/cmdline; do
+      printf '%s ' "$(basename "$(dirname "$file")")"
+      tr '\0' ' ' <"$file" 2>/dev/null || true
+      echo
+    done
+  elif [ $# -gt 0 ]; then
+    ps -o pid=,args= -p "$1" 2>/dev/null
+  else
+    ps -A -o pid=,args= 2>/dev/null
+  fi
+}
+
+# Kill all processes whose command line has these words.
+kill_with() {
+  local all pid
+  all=$(commands) # before there is a grep that has the words, too
+  { grep -F -- "$1" <<<"$all" || true; } | while read -r pid _; do
+    kill -KILL "$pid" 2>/dev/null || true
+  done
 }
 
 stop() {
@@ -58,7 +83,7 @@ stop() {
   fi
   local proxy
   if proxy=$(cat "$home/proxy" 2>/dev/null) && [ -n "$proxy" ]; then
-    pkill -KILL -f "$proxy" || true # it outlives Ray
+    kill_with "$proxy" # it outlives Ray
     rm -rf "$proxy"
   fi
   rm -rf "$home"
@@ -109,11 +134,14 @@ start() {
   export RAY_SERVE_HAPROXY_CONFIG_FILE_LOC=$proxy/haproxy.cfg
   export RAY_SERVE_HAPROXY_SOCKET_PATH=$proxy/admin.sock RAY_SERVE_HAPROXY_SERVER_STATE_BASE=$proxy
   export RAY_SERVE_HAPROXY_SERVER_STATE_FILE=$proxy/server-state
-  setsid ray start --head --block --num-cpus "$(detected_cpus)" --node-ip-address 127.0.0.1 --port "$port" \
+  # A session of its own, as `setsid` gives where there is one.
+  python -c 'import os, sys; os.setsid(); os.execvp(sys.argv[1], sys.argv[1:])' \
+    ray start --head --block --num-cpus "$(detected_cpus)" --node-ip-address 127.0.0.1 --port "$port" \
     --dashboard-host 127.0.0.1 --dashboard-port "$dashboard" --dashboard-agent-listen-port "$agent" \
     --ray-client-server-port "$client" >"$home/log" 2>&1 </dev/null &
   echo $! >"$home/pid"
-  export RAY_ADDRESS="http://127.0.0.1:$dashboard"
+  # The second wins over all else that says where jobs go, so that no cluster exported before is meant.
+  export RAY_ADDRESS="http://127.0.0.1:$dashboard" RAY_API_SERVER_ADDRESS="http://127.0.0.1:$dashboard"
   for _ in $(seq 240); do
     is_up && return
     kill -0 "$(cat "$home/pid")" 2>/dev/null || { cat "$home/log" >&2; return 1; }
@@ -143,6 +171,6 @@ case "$*" in
     trap stop EXIT
     start
     ray job submit --working-dir . --log-style=record --log-color=false -- "$@" 2>&1 \
-      | grep --line-buffered -v -E '(INFO|SUCC|WARNING)[[:space:]](cli|sdk|dashboard_sdk|packaging|working_dir|job_manager)\.py|core_worker\.cc|^ *$'
+      | { grep --line-buffered -v -E '(INFO|SUCC|WARNING)[[:space:]](cli|sdk|dashboard_sdk|packaging|working_dir|job_manager)\.py|core_worker\.cc|^ *$' || true; }
     ;;
 esac

@@ -28,6 +28,7 @@ from tests.jobs.processes import kill_tree, wait_for
 
 MAX_RUNS = 5
 RECOVERY_S = 120.0
+WORKER_S = 5.0
 BLOCK = 1 << 16
 
 
@@ -57,11 +58,17 @@ class Context(NamedTuple):
     chance: random.Random
 
 
-def kill_worker(context: Context) -> str:
+def kill_worker(context: Context) -> str | None:
     """SIGKILL one busy worker of any node."""
-    busy = [each for node in range(len(nodes_of(context))) for each in workers_of(context.machines.raylet(node))]
-    if not busy:
-        return "no worker was busy"
+    busy: list[Any] = []
+
+    def found() -> bool:
+        nodes = range(len(nodes_of(context)))
+        busy[:] = [each for node in nodes for each in workers_of(context.machines.raylet(node))]
+        return bool(busy)
+
+    if not wait_up_to(WORKER_S, found):
+        return None
     victim = context.chance.choice(sorted(busy, key=lambda process: process.pid))
     title = " ".join(victim.cmdline()[:1])
     victim.kill()
@@ -103,19 +110,21 @@ def fill_disk(context: Context) -> str:
     return f"{size >> 10} KiB taken"
 
 
-def slow_node(context: Context) -> str:
+def slow_node(context: Context) -> str | None:
     """Let the workers of one node run a tenth of the time."""
     node = context.chance.randrange(len(nodes_of(context)))
     end = time.monotonic() + context.chance.uniform(5, 10)
+    slowed = False
     while time.monotonic() < end:
         stopped = workers_of(context.machines.raylet(node))
+        slowed |= bool(stopped)
         threads = [threading.Thread(target=pause, args=(worker, 0.9)) for worker in stopped]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         time.sleep(0.1)
-    return f"node {node}"
+    return f"node {node}" if slowed else None
 
 
 def cut_network(context: Context) -> str:
@@ -131,7 +140,8 @@ def cut_network(context: Context) -> str:
     return f"node {node} for {seconds:.0f} s, given up and joined anew"
 
 
-FAULTS: dict[str, Callable[[Context], str]] = {
+# What each has struck; None where there was nobody.
+FAULTS: dict[str, Callable[[Context], str | None]] = {
     "worker": kill_worker,
     "node": kill_node,
     "gcs": kill_gcs,
@@ -207,8 +217,16 @@ def job_trial(plan: Plan, machines: Machines) -> dict[str, Any]:
     watcher = threading.Thread(
         target=lambda: recovery.append(seconds_until(lambda: work.progress(output) > before, struck)), daemon=True
     )
-    fault = threading.Thread(target=lambda: done.append(FAULTS[plan.fault](context)))
-    done: list[str] = []
+    done: list[str | None] = []
+    broken: list[Exception] = []
+
+    def strike() -> None:
+        try:
+            done.append(FAULTS[plan.fault](context))
+        except Exception as error:  # told by the thread that waits for this one
+            broken.append(error)
+
+    fault = threading.Thread(target=strike)
     if reached:
         watcher.start()
         fault.start()
@@ -219,11 +237,14 @@ def job_trial(plan: Plan, machines: Machines) -> dict[str, Any]:
     if reached:
         fault.join()
         watcher.join(1)
+    if broken:
+        raise broken[0]
     failed = drivers[-1].returncode
+    struck_what = done[0] if done else None
     losses = work.losses(Path(plan.undisturbed), output) if not failed else 1
     return {
-        "struck": done[0] if done else "the job had ended",
-        "faults": int(bool(done)),
+        "struck": struck_what or ("nobody was at work" if done else "the job had ended"),
+        "faults": int(struck_what is not None),
         "runs": len(drivers),
         "losses": losses,
         "recovery_s": round(recovery[0], 1) if recovery else None,
@@ -253,8 +274,8 @@ def serve_trial(plan: Plan, machines: Machines) -> dict[str, Any]:
         told = FAULTS[plan.fault](context)
         last_failure = askers.settle(struck)
     return {
-        "struck": told,
-        "faults": 1,
+        "struck": told or "nobody was at work",
+        "faults": int(told is not None),
         "runs": 1,
         "losses": askers.lost,
         "recovery_s": round(last_failure, 1),
