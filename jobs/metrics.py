@@ -40,7 +40,8 @@ COUNTERS = {
     "steps": "Steps, texts or blocks done.",
     "reused": "Steps, texts or blocks that were found done by an earlier run.",
 }
-LABELS = ("job", "run")
+# Not `job`: Prometheus calls by that name where it has scraped them.
+LABELS = ("task", "run")
 
 
 class Instruments(NamedTuple):
@@ -67,7 +68,7 @@ class RunReport:
         self.job, self.run, self.directory = job, mark[:MAX_RUN_ID], directory
         self.total, self.unit = total, unit
         self.progress = Progress(job, total, unit)
-        self.tags = {"job": job, "run": self.run}
+        self.tags = {"task": job, "run": self.run}
         self.done: int | None = None
         self.noted = 0.0
         self.scalars = scalar_writer(job, self.run)

@@ -1,4 +1,5 @@
-"""Grafana's dashboards: `python cluster/monitoring/dashboards.py` writes dashboards/*.json, which are kept with it.
+"""Grafana's dashboards: `python cluster/monitoring/dashboards.py` writes dashboards/*.json, which are kept with it, and
+alerts.yaml once more as prometheus-rule.yaml, the object that Prometheus' operator reads.
 
 A panel is a title, a unit and its queries; where it stands and how it is drawn is the same for all.
 """
@@ -6,6 +7,8 @@ A panel is a title, a unit and its queries; where it stands and how it is drawn 
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import yaml
 
 DIRECTORY = Path(__file__).parent / "dashboards"
 WIDTH, HEIGHT, COLUMNS = 8, 7, 3
@@ -32,14 +35,14 @@ class Dashboard(NamedTuple):
     rows: dict[str, list[Panel]]
 
 
-RUN = '{job=~"$job", run=~"$run"}'
+RUN = '{task=~"$task", run=~"$run"}'
 JOBS = Dashboard(
     "embedlib: jobs",
-    {"job": "ray_embedlib_job_progress", "run": "ray_embedlib_job_progress"},
+    {"task": "ray_embedlib_job_progress", "run": "ray_embedlib_job_progress"},
     {
         "Runs": [
-            Panel("Done", "percentunit", {"{{job}} {{run}}": f"max by (job, run) (ray_embedlib_job_progress{RUN})"}),
-            Panel("Time left", "s", {"{{job}} {{run}}": f"max by (job, run) (ray_embedlib_job_seconds_left{RUN})"}),
+            Panel("Done", "percentunit", {"{{task}} {{run}}": f"max by (task, run) (ray_embedlib_job_progress{RUN})"}),
+            Panel("Time left", "s", {"{{task}} {{run}}": f"max by (task, run) (ray_embedlib_job_seconds_left{RUN})"}),
             Panel("Tokens", "tps", {"{{run}}": f"max by (run) (ray_embedlib_job_tokens_per_second{RUN})"}),
             Panel("Loss", "none", {"{{run}}": f"max by (run) (ray_embedlib_job_loss{RUN})"}),
             Panel("Validation", "none", {"{{run}}": f"max by (run) (ray_embedlib_job_validation{RUN})"}),
@@ -47,12 +50,12 @@ JOBS = Dashboard(
             Panel(
                 "Steps, texts or blocks",
                 "ops",
-                {"{{job}} {{run}}": f"sum by (job, run) (rate(ray_embedlib_job_steps_total{RUN}[5m]))"},
+                {"{{task}} {{run}}": f"sum by (task, run) (rate(ray_embedlib_job_steps_total{RUN}[5m]))"},
             ),
             Panel(
                 "Found done",
                 "short",
-                {"{{job}} {{run}}": f"sum by (job, run) (ray_embedlib_job_reused_total{RUN})"},
+                {"{{task}} {{run}}": f"sum by (task, run) (ray_embedlib_job_reused_total{RUN})"},
                 "Work of an earlier run that this one did not do again.",
             ),
         ],
@@ -202,6 +205,14 @@ def pages() -> dict[Path, str]:
     }
 
 
+def rule() -> str:
+    """alerts.yaml as the operator's object."""
+    groups = yaml.safe_load((DIRECTORY.parent / "alerts.yaml").read_text())
+    head = {"apiVersion": "monitoring.coreos.com/v1", "kind": "PrometheusRule", "metadata": {"name": "embedlib"}}
+    return "# Written by dashboards.py out of alerts.yaml.\n" + yaml.safe_dump(head | {"spec": groups}, sort_keys=False)
+
+
 if __name__ == "__main__":
     for path, content in pages().items():
         path.write_text(content)
+    (DIRECTORY.parent / "prometheus-rule.yaml").write_text(rule())

@@ -39,7 +39,7 @@ CONFIGS: dict[str, Any] = {
 # What jobs/ holds besides jobs.
 NO_JOBS = {"cli", "judges", "metrics", "miner", "parts", "runtime", "shards", "status", "trainer", "__init__"}
 SECRETS = {"embedlib-token", "embedlib-redis", "embedlib-storage"}
-OPERATORS = {"PodMonitor", "ServiceMonitor"}
+OPERATORS = {"PodMonitor", "PrometheusRule", "ServiceMonitor"}
 
 
 @lru_cache

@@ -87,14 +87,14 @@ def exported(local_cluster: Started) -> set[str]:
         suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}.get(metric.type, [""])
         names |= {metric.name + suffix for suffix in suffixes}
     names |= {f"ray_embedlib_job_{name}" for name in GAUGES} | {f"ray_embedlib_job_{name}_total" for name in COUNTERS}
-    return names | gpu_names()
+    return names | occasional_names()
 
 
-def gpu_names() -> set[str]:
-    """What Ray's agents export of GPUs, which this machine may not have."""
+def occasional_names() -> set[str]:
+    """What Ray's agents export of GPUs, which this machine may not have, and of failed nodes, which there are none of."""
     from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
 
-    return {f"ray_{name}" for name in METRICS_GAUGES if "gpu" in name or "gram" in name}
+    return {f"ray_{name}" for name in METRICS_GAUGES if any(word in name for word in ("gpu", "gram", "failed"))}
 
 
 @pytest.mark.ray
@@ -162,6 +162,23 @@ def test_alerts_fire_when_they_should(tmp_path: Path) -> None:
     shutil.copy(Path(__file__).parent / "alerts.yaml", tmp_path)
     subprocess.run(["promtool", "test", "rules", "alerts.yaml"], cwd=tmp_path, check=True)
     subprocess.run(["promtool", "check", "config", MONITORING / "prometheus.yaml"], check=True)
+
+
+def test_the_operator_gets_the_same_rules_and_the_same_names() -> None:
+    written = runpy.run_path(str(MONITORING / "dashboards.py"))["rule"]()
+    assert (MONITORING / "prometheus-rule.yaml").read_text() == written
+    rule = yaml.safe_load(written)
+    assert rule["kind"] == "PrometheusRule"
+    assert [each for group in rule["spec"]["groups"] for each in group["rules"]] == alert_rules()
+    monitors = list(yaml.safe_load_all((MONITORING / "pod-monitor.yaml").read_text()))
+    names = [
+        each["replacement"]
+        for monitor in monitors
+        for endpoint in monitor["spec"].get("podMetricsEndpoints") or monitor["spec"]["endpoints"]
+        for each in endpoint["relabelings"]
+        if each["targetLabel"] == "job"
+    ]
+    assert names == ["ray", "embedlib-endpoint"]
 
 
 def test_scraping_covers_every_port_that_exports() -> None:

@@ -81,7 +81,7 @@ def test_a_run_tells_of_itself_everywhere(
     assert samples["ray_embedlib_job_loss"].endswith(" 0.25")
     assert samples["ray_embedlib_job_steps_total"].endswith(" 80.0")
     assert samples["ray_embedlib_job_reused_total"].endswith(" 20.0")
-    assert 'job="train"' in samples["ray_embedlib_job_loss"]
+    assert 'task="train"' in samples["ray_embedlib_job_loss"]
 
 
 def test_no_note_is_worth_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
