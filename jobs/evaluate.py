@@ -436,27 +436,33 @@ def compare_texts(vectors: Mapping[str, Vectors], baseline: str, sample: Sample)
     return found
 
 
-def measuring_node() -> str:
-    """The node that speed is measured on: the driver's own, or where that has no GPU and others do, one of these."""
+def measuring_node() -> str | None:
+    """The node that speed is measured on: the driver's own, or where that has no GPU and others do, one of these; none
+    where all GPUs are still to come."""
     own, kind = ray.get_runtime_context().get_node_id(), "GPU" if num_gpus() else "CPU"
     able = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get(kind))
-    return own if own in able else able[0]
+    return own if own in able else next(iter(able), None)
 
 
-def machine_of(node: str) -> dict[str, Any]:
+def only_on(node: str | None) -> dict[str, str]:
+    """What makes Ray run something on a node."""
+    return {NODE: node} if node else {}
+
+
+def machine_of(node: str | None) -> dict[str, Any]:
     """What a node is."""
     if node == ray.get_runtime_context().get_node_id():
         return describe_machine()
-    remote = ray.remote(num_cpus=0, num_gpus=1 if num_gpus() else 0, label_selector={NODE: node})(describe_machine)
+    remote = ray.remote(num_cpus=0, num_gpus=1 if num_gpus() else 0, label_selector=only_on(node))(describe_machine)
     machine: dict[str, Any] = ray.get(remote.remote())
     return machine
 
 
 def measure_models(
-    models: Sequence[Model], texts: Sequence[str], config: EvaluateConfig, node: str
+    models: Sequence[Model], texts: Sequence[str], config: EvaluateConfig, node: str | None
 ) -> dict[str, Footprint | Failure]:
     """Size and speed of each model, measured in turns: a machine that slows down or is shared does so for all."""
-    remote = ray.remote(num_cpus=1, num_gpus=1 if num_gpus() else 0, max_calls=1, label_selector={NODE: node})(
+    remote = ray.remote(num_cpus=1, num_gpus=1 if num_gpus() else 0, max_calls=1, label_selector=only_on(node))(
         measure_on_worker
     )
     progress = Progress("speed", SPEED_RUNS * len(models), "runs")

@@ -72,8 +72,20 @@ def quiet() -> None:
 
 
 def num_gpus() -> int:
-    """GPUs of the cluster."""
+    """GPUs of the cluster; where it has none yet, those that its autoscaler may start."""
+    return present_gpus() or autoscaled("GPU")
+
+
+def present_gpus() -> int:
+    """GPUs that the cluster has now."""
     return int(ray.cluster_resources().get("GPU", 0))
+
+
+def autoscaled(resource: str) -> int:
+    """How much of a resource the autoscaler's configuration allows all nodes together; 0 without one."""
+    from ray._private.state import state  # Ray Train asks there, too: nothing public tells
+
+    return int((state.get_max_resources_from_cluster_config() or {}).get(resource, 0))
 
 
 def cpu_processes() -> int:

@@ -27,7 +27,7 @@ from embedlib.shard import Chunk, Shard, build_shard
 from embedlib.sources import Part
 from embedlib.storage import Store
 from embedlib.topk import Hits, merge, recall
-from jobs.runtime import Progress, num_gpus, own_errors
+from jobs.runtime import Progress, own_errors, present_gpus
 
 # Below this many rows brute force is quick, and exact.
 EXACT_ROWS = 1_000_000
@@ -187,7 +187,7 @@ def plan_shards(
 
     `judge` are files of the same rows with a second model's vectors.
     """
-    num_shards = search.shards or max(len(ray.nodes()), num_gpus())
+    num_shards = search.shards or max(len(ray.nodes()), present_gpus())
     chunks = cut([*own, *others], num_shards)
     plan = ShardPlan(
         work=str(work),
@@ -391,7 +391,7 @@ def start_shards(plan: ShardPlan) -> list[Any]:
 
 def share_of_gpu(num_shards: int) -> float:
     """What each shard takes of a GPU if all take as much; Ray counts in ten-thousandths."""
-    return min(1.0, math.floor(num_gpus() / num_shards * 1e4) / 1e4)
+    return min(1.0, math.floor(present_gpus() / num_shards * 1e4) / 1e4)
 
 
 def search_shards(

@@ -29,7 +29,7 @@ from embedlib.storage import Store
 from embedlib.threads import use_cores
 from embedlib.training import TrainState
 from jobs.metrics import RunReport
-from jobs.runtime import num_gpus, quiet
+from jobs.runtime import num_gpus, present_gpus, quiet
 
 WEIGHTS, STATE, HISTORY = "model.safetensors", "state.pt", "history.jsonl"
 LOG_EVERY_STEPS = 10
@@ -222,9 +222,12 @@ def fit(
     They are those of the last step, or of the best validation where `workers.patience` is set. Raises ConfigError for
     more workers than `most_workers`, which a batch has samples for.
     """
-    gpus = num_gpus()
-    num_workers = workers.num_workers or gpus or 1
+    gpus, present = num_gpus(), present_gpus()
+    num_workers = workers.num_workers or present or 1
     largest = workers.max_workers or num_workers
+    if gpus and workers.num_workers is None and not present:
+        # The first machine that the autoscaler gets begins, the others join.
+        largest = workers.max_workers or min(gpus, most_workers)
     if largest < num_workers:
         raise ConfigError(f"workers.max_workers: {largest}; expected at least num_workers, {num_workers}")
     if largest > most_workers:
@@ -236,7 +239,7 @@ def fit(
         train_loop_config=job.model_dump(mode="json"),
         scaling_config=ScalingConfig(
             # mypy sees the class of the older Ray Train.
-            num_workers=(num_workers, largest) if workers.max_workers else num_workers,  # type: ignore[arg-type]
+            num_workers=(num_workers, largest) if largest > num_workers else num_workers,  # type: ignore[arg-type]
             use_gpu=gpus > 0,
             resources_per_worker={"CPU": 1, **({"GPU": 1} if gpus else {})},
         ),

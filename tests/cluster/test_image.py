@@ -63,6 +63,23 @@ def test_versions_are_pinned_and_one() -> None:
         assert set(re.findall(r"rayVersion: (\S+)", path.read_text())) <= {ray[1]}, path
 
 
+def test_the_image_has_what_every_job_imports() -> None:
+    named = re.findall(r'"\.\[([\w,]+)\]"', DOCKERFILE)
+    assert len(named) == 2
+    for extras in named:
+        # A corpus is built with the one, reports are drawn with the other; `ray up` asks clouds with the third.
+        assert {"corpus", "demo", "cloud", "serve"} <= set(extras.split(","))
+
+
+def test_ray_up_finds_its_programs_and_keeps_what_jobs_make() -> None:
+    runtime = stages()["runtime"]
+    assert "openssh-client rsync" in runtime
+    assert "PATH=/opt/embedlib/bin:$PATH' >/etc/profile.d" in runtime  # its shells are login shells
+    for path in (CLUSTER / "ray-up").glob("*.yaml"):
+        values = yaml.safe_load(path.read_text())
+        assert any("EMBEDLIB_ARTIFACTS=/shared/" in option for option in values["docker"]["run_options"]), path
+
+
 def test_the_same_image_everywhere() -> None:
     version = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
     images = yaml.safe_load((CLUSTER / "kuberay" / "components" / "images" / "kustomization.yaml").read_text())[

@@ -91,7 +91,7 @@ def exported(local_cluster: Started) -> set[str]:
 
 
 def occasional_names() -> set[str]:
-    """What Ray's agents export of GPUs, which this machine may not have, and of failed nodes, which there are none of."""
+    """What Ray's agents export of GPUs, which this machine may not have, and of nodes when one has failed."""
     from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
 
     return {f"ray_{name}" for name in METRICS_GAUGES if any(word in name for word in ("gpu", "gram", "failed"))}
