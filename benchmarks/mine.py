@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import faiss
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -337,13 +338,9 @@ def false_negatives(output: Path, model: Path, labelled: Path, relative_margin: 
     """Share of the negatives mined from a labelled set that answer their query.
 
     `labelled` has corpus, queries and qrels; passages that share a `par_id` are one passage in several languages, each
-    an answer to the queries of any.
+    an answer to the queries of any. The miner is told of that in the query's own language alone.
     """
-    queries, corpus, qrels = (pq.read_table(labelled / f"{name}.parquet").to_pandas() for name in LABELLED)
-    pairs = qrels.merge(queries, left_on="query-id", right_on="_id").merge(
-        corpus, left_on="corpus-id", right_on="_id", suffixes=("_query", "_passage")
-    )
-    group = "par_id" if "par_id" in corpus else "_id"
+    pairs, corpus, group = labelled_pairs(labelled)
     output.mkdir()
     files = {name: str(output / f"{name}.parquet") for name in ("pairs", "corpus")}
     texts = {"query": pairs["text_query"], "positive": pairs["text_passage"]}
@@ -361,6 +358,16 @@ def false_negatives(output: Path, model: Path, labelled: Path, relative_margin: 
         for text in row["negatives"]
     ]
     return sum(answers) / max(len(answers), 1)
+
+
+def labelled_pairs(labelled: Path) -> tuple[pd.DataFrame, pd.DataFrame, str]:
+    """`text_query` and `text_passage` of all labelled pairs, the corpus, and its column of what answers alike."""
+    queries, corpus, qrels = (pq.read_table(labelled / f"{name}.parquet").to_pandas() for name in LABELLED)
+    # Queries of several languages may share their ids.
+    shared = ["lang"] if "lang" in qrels and "lang" in queries else []
+    asked = qrels.merge(queries, left_on=["query-id", *shared], right_on=["_id", *shared])
+    pairs = asked.merge(corpus, left_on="corpus-id", right_on="_id", suffixes=("_query", "_passage"))
+    return pairs, corpus, "par_id" if "par_id" in corpus else "_id"
 
 
 def plain_index(vectors: npt.NDArray[np.float32], trained: faiss.Index | None, nprobe: int) -> faiss.Index:

@@ -25,3 +25,16 @@ def test_agreement_tells_ties_from_differences() -> None:
     found = mine.agreement(ours, peers)
     assert (found["queries"], found["same"], found["ties"], found["others"]) == (4, 1, 1, 2)
     assert found["farthest"] == pytest.approx(0.1)
+
+
+def test_labelled_pairs_are_those_of_their_own_language(tmp_path: Path) -> None:
+    tables = {
+        "queries": {"lang": ["en", "de"], "_id": ["q", "q"], "text": ["who", "wer"]},
+        "corpus": {"lang": ["en", "de"], "_id": ["a", "b"], "par_id": ["1", "1"], "text": ["she", "sie"]},
+        "qrels": {"lang": ["en", "de"], "query-id": ["q", "q"], "corpus-id": ["a", "b"]},
+    }
+    for name, columns in tables.items():
+        pq.write_table(pa.table(columns), tmp_path / f"{name}.parquet")
+    pairs, corpus, group = mine.labelled_pairs(tmp_path)
+    assert pairs[["text_query", "text_passage"]].to_numpy().tolist() == [["who", "she"], ["wer", "sie"]]
+    assert (len(corpus), group) == (2, "par_id")
