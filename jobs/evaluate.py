@@ -531,7 +531,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         require_own_card(model.directory)
     units, failures = plan_units(config)
     if config.speed and not config.texts and all(unit.config is None for unit in units):
-        raise ConfigError("texts: needed to measure speed, as all tasks come from a hub; or turn `speed` off")
+        raise ConfigError("texts: needed to measure speed, as all tasks come from a hub; or --no-speed")
     check_requirements(config.require, [name for unit in units for name in (unit.name, unit.group)], config.models)
     node = measuring_node()
     machine = machine_of(node)
@@ -593,7 +593,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
 def require_plots() -> None:
     """ConfigError where what draws is not installed."""
     if missing := [name for name in ("matplotlib", "umap") if find_spec(name) is None]:
-        raise ConfigError(f"plots: {missing[0]} is not installed; expected the `demo` extra, or turn `plots` off")
+        raise ConfigError(f"plots: {missing[0]} is not installed; expected the `demo` extra, or --no-plots")
 
 
 def lacking_of(
