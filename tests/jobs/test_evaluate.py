@@ -222,6 +222,8 @@ def test_a_worker_that_dies_costs_its_task_alone(tmp_path: Path) -> None:
     assert found.reason.startswith("its process died: ")
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
 def test_a_card_that_others_wrote_is_not_lost(sets: Path, tiny_encoder: Path, damaged: Path, tmp_path: Path) -> None:
     other = shutil.copytree(damaged, tmp_path / "other")
     (other / "README.md").write_text("---\nlicense: mit\n---\n# Their model\n")
@@ -229,6 +231,8 @@ def test_a_card_that_others_wrote_is_not_lost(sets: Path, tiny_encoder: Path, da
         evaluate(config_of(sets, {"teacher": tiny_encoder, "other": other}, card=True))
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
 def test_texts_that_cannot_be_used_are_refused_before_anything_runs(
     sets: Path, tiny_encoder: Path, tmp_path: Path
 ) -> None:

@@ -135,7 +135,11 @@ def test_training_ends_early_and_keeps_the_best(tmp_path: Path, tiny_encoder: Pa
         ({"teacher": "b"}, "teacher: 'b', but"),
         ({"training": {"objective": {"distil": {"weight": 1.0}}}}, "teacher: none"),
         ({"training": {"objective": {"scores": {"margin_mse": 1.0}}}}, "datasets.positive_scores: none"),
-        ({"training": {"objective": {"cosent": {"weight": 1.0}}}}, "datasets.label: none"),
+        ({"training": {"objective": {"cosent": {"weight": 1.0}}}}, "info_nce would contrast pairs of whatever label"),
+        (
+            {"training": {"objective": {"cosent": {"weight": 1.0}, "info_nce": {"weight": 0.0}}}},
+            "datasets.label: none",
+        ),
     ],
 )
 def test_an_objective_that_lacks_something_is_refused(
