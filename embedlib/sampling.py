@@ -62,17 +62,15 @@ class BatchPlan(NamedTuple):
             batch: list[tuple[int, list[int]]] = []
             seen: set[int] = set()
             left: list[tuple[int, list[int]]] = []
-            drawn: set[int] = set()
             candidates = iter(waiting)
             while len(batch) < size and len(left) < MOST_PASSED_OVER * size:
                 found = next(candidates, None) or next(ahead, None)
                 if found is None:
                     break
-                if found[0] in drawn or any(text in seen and text != NO_TEXT for text in found[1]):
+                if any(text in seen and text != NO_TEXT for text in found[1]):
                     left.append(found)
                 else:
                     batch.append(found)
-                    drawn.add(found[0])
                     seen.update(found[1])
             waiting = [*left, *candidates]
             if 2 * len(batch) < size:
@@ -80,10 +78,9 @@ class BatchPlan(NamedTuple):
                 break
             yield np.array([sample for sample, _ in batch])
         rest = np.array([sample for sample, _ in (*waiting, *ahead)], np.int64)
-        if len(rest):
-            # The same sample again is nothing to be told apart from, so it goes into another batch.
-            for turn in turns_of(rest):
-                yield from np.array_split(turn, -(-len(turn) // self.batch_size))
+        # The same sample again is nothing to be told apart from, so it goes into another batch.
+        for turn in turns_of(rest):
+            yield from np.array_split(turn, -(-len(turn) // self.batch_size))
 
     def _with_texts(self, samples: npt.NDArray[np.int64]) -> Iterator[tuple[int, list[int]]]:
         """Each sample with its texts, read many at a time."""

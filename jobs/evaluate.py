@@ -14,7 +14,7 @@ import difflib
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -123,11 +123,16 @@ class EvaluateConfig(Config):
         if self.baseline is not None and self.baseline not in self.models:
             raise ValueError(f"baseline: {self.baseline!r}; expected of {sorted(self.models)}")
         last = list(self.models)[-1]
-        if self.push and (last == (self.baseline or next(iter(self.models))) or "@" in self.models[last]):
+        if self.push and (last == self.compared_with or "@" in self.models[last]):
             raise ValueError(
                 f"push: the last model, {last!r}, is the baseline or has its vectors cut; expected another"
             )
         return self
+
+    @property
+    def compared_with(self) -> str:
+        """The model that the others are compared with."""
+        return self.baseline or next(iter(self.models))
 
     @property
     def directory(self) -> Path:
@@ -164,6 +169,15 @@ class Unit(NamedTuple):
         return GROUPS.get(self.type, self.type.lower())
 
 
+class Sample(NamedTuple):
+    """Texts without labels that the models are compared on."""
+
+    texts: list[str]
+    langs: list[str]
+    groups: list[int]
+    """Texts that translate each other have the same; -1: none known."""
+
+
 class Scorer:
     """Ray actor: scores one model after another on one task after another, each loaded when it is needed."""
 
@@ -193,6 +207,13 @@ class Scorer:
             return encoder.embed(texts, symmetric_prompt(encoder.prompts))
         except Exception as error:
             return failure_of(model.name, "texts without labels", error)
+
+    def cut(self, model: Model, sample: Sample) -> Fertility | Failure:
+        """How finely the model's tokenizer cuts, or why that cannot be told."""
+        try:
+            return measure_fertility(Encoder.load(model.directory), sample.texts, sample.langs)
+        except Exception as error:
+            return failure_of(model.name, "tokens a word", error)
 
     def _encoder(self, model: Model) -> CachedEncoder:
         if model.fingerprint not in self.encoders:
@@ -356,15 +377,6 @@ def outcome(reference: Any, model: Model, what: str) -> Any:
         return Failure(model=model.name, task=what, reason=f"its process died: {str(error).strip().splitlines()[0]}")
 
 
-class Sample(NamedTuple):
-    """Texts without labels that the models are compared on."""
-
-    texts: list[str]
-    langs: list[str]
-    groups: list[int]
-    """Texts that translate each other have the same; -1: none known."""
-
-
 def check_sample(path: str) -> None:
     """DataError where the texts without labels cannot be read, ConfigError where their columns are not as expected."""
     try:
@@ -415,11 +427,12 @@ def texts_of(unit: Unit) -> list[dict[str, Any]]:
     return rows
 
 
-def embed_sample(actors: Sequence[Any], models: Sequence[Model], sample: Sample) -> dict[str, Vectors | Failure]:
-    """Every model's vectors of the texts without labels, or why it has none."""
-    waiting = [actors[number % len(actors)].embed.remote(model, sample.texts) for number, model in enumerate(models)]
-    what = "texts without labels"
-    return {model.name: outcome(each, model, what) for model, each in zip(models, waiting, strict=True)}
+def asked_of_each(
+    actors: Sequence[Any], models: Sequence[Model], what: str, ask: Callable[[Any, Model], Any]
+) -> dict[str, Any]:
+    """What some actor answers for each model, by its name, or that its process died of it."""
+    waiting = [(model, ask(actors[number % len(actors)], model)) for number, model in enumerate(models)]
+    return {model.name: outcome(each, model, what) for model, each in waiting}
 
 
 def compare_texts(vectors: Mapping[str, Vectors], baseline: str, sample: Sample) -> dict[str, Drift | Failure]:
@@ -496,15 +509,6 @@ def measure_on_worker(model: Model, texts: Sequence[str], dtype: str) -> Footpri
         return failure_of(model.name, "size and speed", error)
 
 
-def cut_on_worker(model: Model, sample: Sample) -> Fertility | Failure:
-    """Ray task: how finely a model's tokenizer cuts, or why that cannot be told."""
-    quiet()
-    try:
-        return measure_fertility(Encoder.load(model.directory), sample.texts, sample.langs)
-    except Exception as error:
-        return failure_of(model.name, "tokens a word", error)
-
-
 T = TypeVar("T")
 
 
@@ -552,20 +556,23 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         raise DataError(f"tasks: none could be scored: {reasons}")
     place = {unit.name: number for number, unit in enumerate(units)}
     scores.sort(key=lambda score: (list(config.models).index(score.model), place[score.task], score.subset))
-    baseline = config.baseline or next(iter(config.models))
+    baseline = config.compared_with
     sample = read_sample(config, units)
-    vectors = without_failures(embed_sample(actors, models, sample), failures) if sample.texts else {}
-    for actor in actors:
-        ray.kill(actor)
+    vectors: dict[str, Vectors] = {}
     fertility: dict[str, Fertility] = {}
     footprints: dict[str, Footprint] = {}
     if sample.texts:
-        cutting = [(model, ray.remote(cut_on_worker).remote(model, sample)) for model in models]
-        cut = {model.name: outcome(each, model, "tokens a word") for model, each in cutting}
+        found = asked_of_each(
+            actors, models, "texts without labels", lambda actor, model: actor.embed.remote(model, sample.texts)
+        )
+        vectors = without_failures(found, failures)
+        cut = asked_of_each(actors, models, "tokens a word", lambda actor, model: actor.cut.remote(model, sample))
         fertility = without_failures(cut, failures)
-        if config.speed:
-            measured = measure_models(models, sample.texts[:SPEED_TEXTS], config, node)
-            footprints = without_failures(measured, failures)
+    for actor in actors:
+        ray.kill(actor)  # speed is measured alone
+    if sample.texts and config.speed:
+        measured = measure_models(models, sample.texts[:SPEED_TEXTS], config, node)
+        footprints = without_failures(measured, failures)
     drift = without_failures(compare_texts(vectors, baseline, sample), failures)
     card = make_scorecard(scores, list(config.models), baseline)
     others = [model.name for model in models if model.name != baseline]
@@ -607,11 +614,12 @@ def lacking_of(
 
 def carded(config: EvaluateConfig, models: Sequence[Model]) -> list[Model]:
     """The models that get a card: where cards are asked for, all in directories of their own but the baseline."""
-    baseline = config.baseline or next(iter(config.models))
     return [
         model
         for model in models
-        if config.card and model.name != baseline and Path(config.models[model.name].partition("@")[0]).is_dir()
+        if config.card
+        and model.name != config.compared_with
+        and Path(config.models[model.name].partition("@")[0]).is_dir()
     ]
 
 

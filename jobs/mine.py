@@ -348,7 +348,7 @@ def mine_blocks(
     # One more than there are nodes: while a block is chosen from, the shards search the next.
     miners = ActorPool([remote.remote(plan, shards) for _ in range(min(len(missing), len(ray.nodes()) + 1))])
     for number in missing:
-        miners.submit(lambda miner, block: miner.mine.remote(block, plan.shards.nprobe), number)
+        miners.submit(lambda miner, block: miner.mine.remote(block), number)
     negatives = 0
     for done in range(1, len(missing) + 1):
         with own_errors():

@@ -75,7 +75,7 @@ class Miner:
         scorer = PairScorer.load(Path(self.plan.judge), default_device())
         return CrossJudge(scorer, Path(self.plan.judged), self.plan.shards, self.shards, self.positives)
 
-    def mine(self, number: int, nprobe: int) -> dict[str, Any]:
+    def mine(self, number: int) -> dict[str, Any]:
         """Mine block `number` and put its part file in place; give back what it holds."""
         block = read_queries(self.plan, number)
         vectors = vectors_of(block["vector"]).astype(np.float32)
@@ -84,16 +84,17 @@ class Miner:
         asked = Block(number, block, queries.keys)
         if self.judge:
             queries = judged_queries(self.judge, asked, queries, owned)
-        chosen, rejected = self.chosen(asked, queries, vectors, nprobe)
+        chosen, rejected = self.chosen(asked, queries, vectors)
         drawn = np.zeros(chosen.rows.shape, np.bool_)
         if self.rule.short == "random":
             chosen, drawn = self.filled(chosen, queries, vectors, asked)
         return self.write(number, block, owned, queries, chosen, drawn, rejected)
 
-    def chosen(self, asked: Block, queries: Queries, vectors: npt.NDArray[np.float32], nprobe: int) -> Selection:
+    def chosen(self, asked: Block, queries: Queries, vectors: npt.NDArray[np.float32]) -> Selection:
         """The negatives (queries, max_negatives) of a block; queries with many positives go few at a time."""
         depths = self.rule.depth(0) + (queries.positive_keys != 0).sum(axis=1)
         order = np.argsort(depths, kind="stable")
+        nprobe = self.plan.shards.nprobe
         found: list[Hits] = []
         rejected: Counter[str] = Counter()
         for run in runs(depths[order]):

@@ -27,6 +27,7 @@ from embedlib.shard import Chunk, Shard, build_shard
 from embedlib.sources import Part
 from embedlib.storage import Store
 from embedlib.topk import Hits, merge, recall
+from jobs.parts import is_part
 from jobs.runtime import Progress, own_errors, present_gpus
 
 # Below this many rows brute force is quick, and exact.
@@ -216,7 +217,7 @@ def plan_shards(
 
 def vector_files(directory: Store) -> list[Path]:
     """The part files of a vector directory in order."""
-    return [Path(file.path) for file in directory.files() if Path(file.path).name.startswith("part-")]
+    return [Path(file.path) for file in directory.files() if is_part(file)]
 
 
 def read_chunks(parts: Sequence[Part], columns: dict[str, str]) -> Iterator[Chunk]:

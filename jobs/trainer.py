@@ -224,10 +224,9 @@ def fit(
     """
     gpus, present = num_gpus(), present_gpus()
     num_workers = workers.num_workers or present or 1
-    largest = workers.max_workers or num_workers
-    if gpus and workers.num_workers is None and not present:
-        # The first machine that the autoscaler gets begins, the others join.
-        largest = workers.max_workers or min(gpus, most_workers)
+    # Where all GPUs are still to come, the first machine that the autoscaler gets begins, and the others join.
+    grows = workers.num_workers is None and gpus > present
+    largest = workers.max_workers or (min(gpus, most_workers) if grows else num_workers)
     if largest < num_workers:
         raise ConfigError(f"workers.max_workers: {largest}; expected at least num_workers, {num_workers}")
     if largest > most_workers:
