@@ -26,9 +26,8 @@ artifacts/demo/student:
 
 test: $(VENV)/.dev ## the tests, with coverage
 	$(BIN)/python -m pytest $(SLOW) -m "not ray" --numprocesses=2 --dist=loadscope --cov --cov-report=
-	$(BIN)/python -m pytest $(SLOW) -m ray --cov --cov-append --cov-report=term:skip-covered
+	$(BIN)/python -m pytest $(SLOW) -m ray --numprocesses=2 --dist=loadfile --cov --cov-append --cov-report=term:skip-covered
 
-# Tests on a cluster share it, and some kill its processes: these go one after another.
 test-all: SLOW := --run-slow
 test-all: test ## the tests, slow ones included
 

@@ -11,11 +11,13 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 from pydantic import Field, model_validator
@@ -34,7 +36,7 @@ from embedlib.negatives import NegativeRule
 from embedlib.pairs import PairColumns, Pairs, read_pairs
 from embedlib.pretrained import cross_encoder_directory, pretrained_directory
 from embedlib.schemas import vectors_of
-from embedlib.shard import INDEX_NAME, build_shard
+from embedlib.shard import INDEX_NAME, TEXTS_NAME, build_shard
 from embedlib.sources import ColumnsConfig, input_files, rejected_table
 from embedlib.storage import Store, user_directory, user_path
 from jobs.embed import EmbedConfig, EmbedResult, embed_all
@@ -62,6 +64,7 @@ QUERY_PROMPTS = ("query",)
 DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 SAMPLED_BLOCKS = 16
 PART_ROWS = 32768
+INDEX_ROWS = "index-rows.parquet"
 
 
 class MineConfig(Config):
@@ -144,8 +147,10 @@ def mine(config: MineConfig) -> MineResult:
     report = RunReport("mine", mark, output, plan.num_blocks, "blocks")
     mine_blocks(plan, shards, missing_parts(output, plan.num_blocks), report, measured.get("recall_at_10"))
     if config.search.merged:
-        indexes = [searched.directory(number) / INDEX_NAME for number in range(len(shards))]
+        directories = [searched.directory(number) for number in range(len(shards))]
+        indexes = [directory / INDEX_NAME for directory in directories]
         merge_indexes(searched.trained, indexes, Path(output.path) / INDEX_NAME)
+        write_index_rows(directories, Path(output.path) / INDEX_ROWS)
     manifest = Manifest(
         kind="negatives",
         fingerprint=mark,
@@ -157,6 +162,21 @@ def mine(config: MineConfig) -> MineResult:
     )
     (output / MANIFEST_NAME).write(manifest.model_dump_json(indent=2).encode())
     return MineResult(Path(output.path), manifest)
+
+
+def write_index_rows(shards: Sequence[Path], path: Path) -> None:
+    """Which passage each number of the merged index is: `row`, `text`, and `id` where it is one of the corpus."""
+    with ExitStack() as files:
+        writer: pq.ParquetWriter | None = None
+        for shard in shards:
+            numbers = np.load(shard / "rows.npy")
+            texts = pa.ipc.open_file(files.enter_context(pa.memory_map(str(shard / TEXTS_NAME))))
+            first = 0
+            for batch in map(texts.get_batch, range(texts.num_record_batches)):
+                table = pa.table({"row": numbers[first : first + len(batch)], "id": batch["id"], "text": batch["text"]})
+                writer = writer or files.enter_context(pq.ParquetWriter(path, table.schema, compression="zstd"))
+                writer.write_table(table)
+                first += len(batch)
 
 
 def marks(uri: str) -> str:

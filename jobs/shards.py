@@ -71,7 +71,8 @@ class SearchConfig(Config):
     """Vectors that the index is trained on at most, which one process holds as float32; none: 64 a list, an eighth of
     the corpus until there are 262,144 lists."""
     merged: bool = False
-    """Also write index.faiss over all shards, for kinds with inverted lists."""
+    """Also write index.faiss over all shards, for kinds with inverted lists, and index-rows.parquet, which says what
+    passage each of its numbers is."""
 
 
 class ShardPlan(NamedTuple):

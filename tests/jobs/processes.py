@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+import psutil
+
 
 @contextmanager
 def killed_at_the_end(command: list[str]) -> Iterator[None]:
@@ -28,12 +30,23 @@ def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 300)
         time.sleep(0.01)
 
 
+def ray_processes(name: str) -> list[int]:
+    """Ray's processes below this one with `name` in their title: another test's cluster may be on the machine."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has ended
+            title = " ".join(process.cmdline())
+            if title.startswith("ray::") and name in title:
+                found.append(process.pid)
+    return found
+
+
 def kill_ray_workers(name: str) -> list[int]:
     """SIGKILL the Ray processes with `name` in their title; return which."""
-    listing = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-    found = [int(line.split()[0]) for line in listing.splitlines() if "ray::" in line and name in line]
+    found = ray_processes(name)
     for pid in found:
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it ended by itself
+            os.kill(pid, signal.SIGKILL)
     return found
 
 

@@ -1,9 +1,7 @@
 """Mining on a real local cluster: what is found, whatever the shards, the resume, the gate and the refusals."""
 
 import json
-import os
 import shutil
-import signal
 import threading
 import time
 from collections.abc import Callable
@@ -22,10 +20,11 @@ from sentence_transformers.util import mine_hard_negatives
 
 from embedlib.encoder import Encoder
 from embedlib.errors import ArtifactError, ConfigError, DataError
-from embedlib.schemas import vector_column
+from embedlib.schemas import vector_column, vectors_of
 from jobs.mine import MineConfig, mine
 from jobs.miner import runs
 from jobs.parts import part_name
+from tests.jobs.processes import kill_ray_workers
 
 pytestmark = pytest.mark.ray
 
@@ -136,16 +135,12 @@ def test_a_killed_process_changes_nothing_and_a_resumed_run_repeats_nothing(
     whole: Path, output: Path, tiny_encoder: Path, tiny_corpus: Path, pairs: Path
 ) -> None:
     config = config_for(output, tiny_encoder, pairs, tiny_corpus, search={"shards": 2})
-    killed: list[int] = []
+    killed: set[int] = set()
 
     def kill() -> None:
         deadline = time.monotonic() + 120
         while len(killed) < 2 and time.monotonic() < deadline:
-            for directory in Path("/proc").glob("[0-9]*"):
-                title = read(directory / "cmdline")
-                if (b"ray::IndexShard" in title or b"ray::Miner" in title) and int(directory.name) not in killed:
-                    killed.append(int(directory.name))
-                    os.kill(killed[-1], signal.SIGKILL)
+            killed.update(kill_ray_workers("IndexShard") + kill_ray_workers("Miner"))
             time.sleep(0.05)
 
     killer = threading.Thread(target=kill)
@@ -161,13 +156,6 @@ def test_a_killed_process_changes_nothing_and_a_resumed_run_repeats_nothing(
     (output / "manifest.json").unlink()
     mine(config)
     assert (lost.read_bytes(), kept.stat().st_mtime_ns) == (before, stamp)
-
-
-def read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
 
 
 def test_an_index_must_find_enough(
@@ -188,6 +176,17 @@ def test_an_index_must_find_enough(
         assert rows_of(output) == rows_of(whole)
     index = faiss.read_index(str(output / "index.faiss"))
     assert index.ntotal == sum(len(np.load(path)) for path in output.glob("work/shards-*/*-of-*/rows.npy"))
+    index.nprobe = index.nlist
+    rows = {row["row"]: row for row in pq.read_table(output / "index-rows.parquet").to_pylist()}
+    parts = sorted((output / "work" / "vectors" / "corpus").glob("part-*.parquet"))
+    corpus = pa.concat_tables([pq.read_table(part) for part in parts])
+    _, found = index.search(vectors_of(corpus["vector"]).astype(np.float32), 1)
+    texts = corpus["text"].to_pylist()
+    # A tiny model may give two texts one vector.
+    right = sum(rows[row]["text"] == text for row, text in zip(found[:, 0].tolist(), texts, strict=True))
+    assert right > 0.9 * len(texts)
+    by_id = dict(zip(corpus["id"].to_pylist(), texts, strict=True))
+    assert all(row["id"] is None or by_id[row["id"]] == row["text"] for row in rows.values())
     other = with_vectors_of(whole, tmp_path / "refused")
     refused = config_for(other, tiny_encoder, pairs, tiny_corpus, search=search | {"raise_nprobe": False})
     with pytest.raises(ConfigError, match=r"nprobe: 1 finds 0\.\d+ of the exact 10 best"):

@@ -32,12 +32,17 @@ def files(tiny_texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> di
     return {"pairs": str(folder / "pairs.parquet"), "corpus": str(folder / "corpus.parquet")}
 
 
+@pytest.fixture(scope="module", params=["exact", "IVF64,Flat"])
+def index(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(
-    ray_cluster: None, files: dict[str, str], tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory
+    ray_cluster: None, files: dict[str, str], tiny_encoder: Path, index: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     output = tmp_path_factory.mktemp("mined") / "undisturbed"
-    mine(MineConfig.model_validate(values(files, output, tiny_encoder)))
+    mine(MineConfig.model_validate(values(files, output, tiny_encoder, index)))
     assert num_parts(output) == NUM_QUERIES // BLOCK
     return output
 
@@ -49,8 +54,8 @@ def output(undisturbed: Path, tmp_path: Path) -> Path:
     return tmp_path / "mined"
 
 
-def values(files: dict[str, str], output: Path, model: Path) -> dict[str, Any]:
-    search = {"shards": 2, "index": "exact"}
+def values(files: dict[str, str], output: Path, model: Path, index: str) -> dict[str, Any]:
+    search = {"shards": 2, "index": index}
     return files | {
         "output": str(output),
         "model": str(model),
@@ -72,7 +77,7 @@ def num_parts(output: Path) -> int:
 @pytest.mark.parametrize("process", ["IndexShard", "Miner"])
 @pytest.mark.parametrize("trial", range(5))
 def test_a_killed_process_is_started_again(
-    undisturbed: Path, output: Path, files: dict[str, str], tiny_encoder: Path, process: str, trial: int
+    undisturbed: Path, output: Path, files: dict[str, str], tiny_encoder: Path, index: str, process: str, trial: int
 ) -> None:
     killed: list[int] = []
     moment = random.Random(trial).randint(1, 30)
@@ -83,7 +88,7 @@ def test_a_killed_process_is_started_again(
 
     killer = threading.Thread(target=kill)
     killer.start()
-    mine(MineConfig.model_validate(values(files, output, tiny_encoder)))
+    mine(MineConfig.model_validate(values(files, output, tiny_encoder, index)))
     killer.join()
     assert killed, f"no {process} was found to kill"
     assert table(output).equals(table(undisturbed))
@@ -91,10 +96,10 @@ def test_a_killed_process_is_started_again(
 
 @pytest.mark.parametrize("trial", range(7))
 def test_a_killed_job_resumes(
-    undisturbed: Path, output: Path, files: dict[str, str], tiny_encoder: Path, trial: int
+    undisturbed: Path, output: Path, files: dict[str, str], tiny_encoder: Path, index: str, trial: int
 ) -> None:
     moment = random.Random(trial).randint(1, 30)
-    config = values(files, output, tiny_encoder)
+    config = values(files, output, tiny_encoder, index)
     options = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in config.items()]
     with killed_at_the_end([sys.executable, str(REPOSITORY / "jobs" / "mine.py"), *options]):
         wait_for(lambda: num_parts(output) >= moment, f"part {moment}")
@@ -107,11 +112,11 @@ def test_a_killed_job_resumes(
 
 @pytest.mark.parametrize("trial", range(3))
 def test_mining_goes_on_without_a_node(
-    undisturbed: Path, output: Path, files: dict[str, str], tiny_encoder: Path, trial: int
+    undisturbed: Path, output: Path, files: dict[str, str], tiny_encoder: Path, index: str, trial: int
 ) -> None:
     moment = random.Random(trial).randint(1, 30)
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    config = json.dumps(values(files, output, tiny_encoder))
+    config = json.dumps(values(files, output, tiny_encoder, index))
     command = [sys.executable, "-m", "tests.jobs.two_nodes", "mine", str(moment), config]
     subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, timeout=400)
     assert table(output).equals(table(undisturbed))
