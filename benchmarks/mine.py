@@ -57,6 +57,11 @@ from jobs.shards import (
 SIZES, QUICK_SIZES = (50_000, 200_000), (1_000,)
 QUERIES = 20_000
 RULE = {"max_negatives": 7, "range_max": 50, "relative_margin": 0.05}
+# As the peer computes, so that negatives can be compared one by one; and as jobs/mine.py does if it is told nothing.
+ARITHMETICS: dict[str, dict[str, Any]] = {
+    "float32": {"backend": "torch-float32", "vector_dtype": "float32"},
+    "default": {},
+}
 SHARDS = (1, 2, 4, 8)
 SEARCHED_QUERIES, SAMPLED_QUERIES, BLOCK = 8192, 256, 4096
 TIE = 1e-5
@@ -94,7 +99,7 @@ def main() -> None:
             texts = write_texts(options.pairs, work / f"texts-{size}", size, options.queries)
             output, with_faiss = work / f"ours-{size}", size == sizes[0]
             miners.append(against_peer(output, model, texts, options.runs or 1, console, with_faiss))
-        vectors = work / f"ours-{sizes[-1]}-0" / "work" / "vectors"
+        vectors = work / f"ours-{sizes[-1]}-float32-0" / "work" / "vectors"
         shards = in_fresh_process(against_plain_index, work / "shards", vectors, options.runs or 3)
         console.print_json(json.dumps(shards))
         labels = {
@@ -108,6 +113,7 @@ def main() -> None:
         "runs": {"miners": miners, "shards": shards, "false_negatives": labels},
         "ratios": {
             "speed_vs_st": last["peer_seconds"] / last["seconds"],
+            "default_speed_vs_st": last["peer_seconds"] / last["default_seconds"],
             "memory_vs_st": last["peak_bytes"] / last["peer_peak_bytes"],
             "sharding_overhead": shards["exact"]["shard_seconds"][1] / shards["exact"]["plain_seconds"] - 1,
         },
@@ -150,18 +156,27 @@ def against_peer(
     output: Path, model: Path, texts: Texts, num_runs: int, console: Console, with_faiss: bool
 ) -> dict[str, Any]:
     """Both miners in turn: medians, and how far they agree; `with_faiss` also the peer's other way to search, once."""
-    ours, peers = [], []
+    runs: dict[str, list[Mined]] = {name: [] for name in ARITHMETICS}
+    peers = []
     num_passages = sum(pq.read_metadata(file).num_rows for file in texts)
     for run in range(num_runs):
-        ours.append(in_fresh_process(mine_ours, output.with_name(f"{output.name}-{run}"), model, texts))
-        console.print(f"{num_passages:,} passages: {ours[-1].seconds:,.0f} s, {ours[-1].peak_bytes / 2**20:,.0f} MiB")
+        for name, values in ARITHMETICS.items():
+            home = output.with_name(f"{output.name}-{name}-{run}")
+            mined = in_fresh_process(mine_ours, home, model, texts, values)
+            runs[name].append(mined)
+            console.print(
+                f"{num_passages:,} passages, {name}: {mined.seconds:,.0f} s, {mined.peak_bytes / 2**20:,.0f} MiB"
+            )
         peers.append(in_fresh_process(mine_peer, model, texts, False))
         console.print(f"  sentence-transformers {peers[-1].seconds:,.0f} s, {peers[-1].peak_bytes / 2**20:,.0f} MiB")
+    ours, default = runs["float32"], runs["default"]
     found = {
         "passages": num_passages,
         "pairs": pq.read_metadata(texts.pairs).num_rows,
         "seconds": median(run.seconds for run in ours),
         "peak_bytes": median(run.peak_bytes for run in ours),
+        "default_seconds": median(run.seconds for run in default),
+        "default_shared": shared(default[0].negatives, peers[0].negatives),
         "peer_seconds": median(run.seconds for run in peers),
         "peer_peak_bytes": median(run.peak_bytes for run in peers),
     }
@@ -209,8 +224,8 @@ def write_texts(source: Path | None, directory: Path, num_passages: int, num_que
     return texts
 
 
-def mine_ours(output: Path, model: Path, texts: Texts) -> Mined:
-    """`jobs/mine.py` in float32 throughout, from joining a cluster to the manifest."""
+def mine_ours(output: Path, model: Path, texts: Texts, arithmetic: dict[str, Any]) -> Mined:
+    """`jobs/mine.py` from joining a cluster to the manifest."""
     config = MineConfig(
         pairs=str(texts.pairs),
         corpus=str(texts.corpus),
@@ -219,8 +234,7 @@ def mine_ours(output: Path, model: Path, texts: Texts) -> Mined:
         columns=PairColumns(positive="passage"),
         rule=NegativeRule.model_validate(RULE),
         search=SearchConfig(index="exact"),
-        backend="torch-float32",
-        vector_dtype="float32",
+        **arithmetic,
     )
     with watched_memory(held) as peak:
         start = time.perf_counter()
@@ -281,6 +295,12 @@ def agreement(
         "others": others,
         "farthest": farthest,
     }
+
+
+def shared(ours: dict[str, list[tuple[str, float]]], peers: dict[str, list[tuple[str, float]]]) -> float:
+    """Share of the peer's negatives that ours are, over all queries."""
+    both = sum(len(dict(ours.get(query, [])).keys() & dict(found).keys()) for query, found in peers.items())
+    return both / sum(map(len, peers.values()))
 
 
 def held() -> int:
@@ -411,11 +431,11 @@ def timed(num_runs: int, function: Callable[..., Any], *arguments: Any) -> float
 def table_of(miners: Sequence[dict[str, Any]]) -> Table:
     """What both miners took, and how far they agree."""
     table = Table(title="Miners, end to end")
-    for column in ("passages", "embedlib, s", "peer, s", "MiB", "peer, MiB", "same", "ties", "others"):
+    for column in ("passages", "float32, s", "default, s", "peer, s", "MiB", "peer, MiB", "same", "ties", "others"):
         table.add_column(column, justify="right")
     for row in miners:
-        cells = [row["passages"], row["seconds"], row["peer_seconds"], row["peak_bytes"] / 2**20]
-        cells += [row["peer_peak_bytes"] / 2**20, row["same"], row["ties"], row["others"]]
+        cells = [row["passages"], row["seconds"], row["default_seconds"], row["peer_seconds"]]
+        cells += [row["peak_bytes"] / 2**20, row["peer_peak_bytes"] / 2**20, row["same"], row["ties"], row["others"]]
         table.add_row(*(f"{cell:,.0f}" for cell in cells))
     return table
 

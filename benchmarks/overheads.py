@@ -4,8 +4,9 @@
 
 The model does nothing, so that everything measured is overhead: the time of a task and of a part of an embedding job,
 the bytes that go through the object store, and the time and bytes of a step's all-reduce, at 1, 2, 4 and 8 workers of
-this machine. Workers share its cores, which machines would not; so no time here is a cluster's, and the model takes
-bytes and the driver's time for each part from the measurements, and bandwidths from data sheets.
+this machine. Workers share its cores, which machines would not; so no time here is a cluster's. The model of many GPUs
+takes bytes and the driver's time for each part from the measurements, and bandwidths from data sheets. Its shape is
+checked here: fitted to fewer workers, it must tell the exchange among the most.
 """
 
 import json
@@ -20,6 +21,7 @@ import ray
 import torch
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from scipy.optimize import nnls
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.command import benchmark_parser, write_result
@@ -27,7 +29,7 @@ from benchmarks.machine import describe_machine
 from embedlib.collectives import all_gather_rows
 from jobs.runtime import connect
 
-WORKERS, QUICK_WORKERS = (1, 2, 4, 8), (1, 2)
+WORKERS, QUICK_WORKERS = (1, 2, 4, 8), (1, 2, 4)
 GPUS = (8, 64, 512)
 PARTS, STEPS = 256, 30
 # The student of the me5s recipe: its gradients are what is added up, its batch what is gathered.
@@ -35,6 +37,21 @@ PARAMETERS, DIM, BATCH = 13_218_816, 384, 512
 MEASURED_PARAMETERS = 1_000_000
 # A part of jobs/embed.py: 32,768 rows of 650 bytes (float16, 384 wide, with ids), written by the worker itself.
 PART_ROWS = 32_768
+
+
+class Link(NamedTuple):
+    """What joins processes that exchange gradients and vectors."""
+
+    bytes_per_s: float
+    """A direction."""
+    latency_s: float
+    """Of each doubling of those that exchange."""
+    is_shared: bool = False
+    """All their bytes pass one memory, as on one machine without GPUs; else each has a link of its own."""
+
+    def seconds(self, members: int, sent: float) -> float:
+        """An exchange among `members`, each of which sends `sent` bytes."""
+        return self.latency_s * math.log2(members) + sent * (members if self.is_shared else 1) / self.bytes_per_s
 
 
 class Hardware(NamedTuple):
@@ -46,16 +63,14 @@ class Hardware(NamedTuple):
     """One GPU's rate, embedding; assumed."""
     step_s: float
     """Compute of a training step on one GPU, at BATCH samples a GPU; assumed."""
-    inside_gb_s: float
-    """Bandwidth between GPUs of a node, a direction."""
-    between_gb_s: float
-    """Bandwidth of a node's network, a direction."""
-    latency_s: float
-    """Of a message between nodes."""
+    inside: Link
+    """Between GPUs of a node."""
+    between: Link
+    """A node's network."""
 
 
-H100 = Hardware("8 × H100, NVLink, 400 Gbit/s", 8, 20_000.0, 0.040, 450.0, 50.0, 20e-6)
-L4 = Hardware("1 × L4, 25 Gbit/s", 1, 4_000.0, 0.200, 32.0, 3.1, 50e-6)
+H100 = Hardware("8 × H100, NVLink, 400 Gbit/s", 8, 20_000.0, 0.040, Link(450e9, 5e-6), Link(50e9, 40e-6))
+L4 = Hardware("1 × L4, 25 Gbit/s", 1, 4_000.0, 0.200, Link(32e9, 5e-6), Link(3.1e9, 100e-6))
 
 
 class NoOp:
@@ -188,17 +203,13 @@ def train_efficiency(hardware: Hardware, gpus: int) -> float:
 
 def exchange_s(hardware: Hardware, gpus: int) -> float:
     """Seconds of a step's all-reduce and gather over `gpus` GPUs: inside the nodes, then between them."""
-    if gpus == 1:
-        return 0.0
-    nodes = max(1, gpus // hardware.gpus)
     inside = min(gpus, hardware.gpus)
+    nodes = max(1, gpus // hardware.gpus)
     gradients, vectors = 4.0 * PARAMETERS, 2.0 * BATCH * DIM
     # A node's GPUs reduce among themselves and share their network; each then sends its share to its peers.
-    seconds = (ring_bytes(gradients, inside) + vectors * (inside - 1)) / (hardware.inside_gb_s * 1e9)
-    if nodes > 1:
-        seconds += (ring_bytes(gradients, nodes) + vectors * (gpus - inside)) / (hardware.between_gb_s * 1e9)
-        seconds += 2 * math.log2(nodes) * hardware.latency_s
-    return seconds
+    return hardware.inside.seconds(inside, ring_bytes(gradients, inside) + vectors * (inside - 1)) + (
+        hardware.between.seconds(nodes, ring_bytes(gradients, nodes) + vectors * (gpus - inside))
+    )
 
 
 class Check(NamedTuple):
@@ -207,21 +218,26 @@ class Check(NamedTuple):
     workers: int
     measured_s: float
     modelled_s: float
+    is_predicted: bool
+    """Whether this point was left out when the model was fitted."""
 
 
-def checked(steps: Sequence[Step]) -> tuple[float, float, list[Check]]:
-    """Bandwidth in bytes/s and latency in seconds of this machine's exchange, and the model at every point.
-
-    Workers share the machine, whose memory all their bytes pass: latency · log₂ n + all bytes ÷ bandwidth. Both
-    are the least squares of the measured points; a model of the wrong shape would not meet more points than it has
-    parameters.
-    """
-    several = [step for step in steps if step.workers > 1]
-    rows = [[math.log2(step.workers), step.workers * sent(step)] for step in several]
-    (latency, per_byte), *_ = np.linalg.lstsq(np.array(rows), np.array([step.reduce_s for step in several]), rcond=None)
-    modelled = np.array(rows) @ [latency, per_byte]
-    found = [Check(step.workers, step.reduce_s, float(value)) for step, value in zip(several, modelled, strict=True)]
-    return 1 / per_byte, float(latency), found
+def checked(steps: Sequence[Step]) -> tuple[Link, list[Check]]:
+    """This machine's exchange as a link, fitted to all points but the one of most workers, and the model at each."""
+    several = sorted(step for step in steps if step.workers > 1)
+    unit = Link(bytes_per_s=1.0, latency_s=1.0, is_shared=True)
+    doublings, moved = (
+        np.array([link.seconds(step.workers, sent(step)) for step in several])
+        for link in (unit._replace(bytes_per_s=math.inf), unit._replace(latency_s=0.0))
+    )
+    fitted = slice(0, max(1, len(several) - 1))
+    measured = np.array([step.reduce_s for step in several])
+    (latency_s, seconds_a_byte), _ = nnls(np.stack([doublings, moved], axis=1)[fitted], measured[fitted])
+    link = Link(1 / seconds_a_byte if seconds_a_byte else math.inf, float(latency_s), is_shared=True)
+    return link, [
+        Check(step.workers, step.reduce_s, link.seconds(step.workers, sent(step)), number >= fitted.stop)
+        for number, step in enumerate(several)
+    ]
 
 
 def sent(step: Step) -> float:
@@ -248,18 +264,18 @@ def modelled(scheduling: Sequence[Scheduling]) -> list[dict[str, Any]]:
 def main() -> None:
     """Measure, model, check, tell."""
     options = benchmark_parser(
-        "Overheads by workers, and what they leave of many GPUs.", "1 and 2 workers"
+        "Overheads by workers, and what they leave of many GPUs.", "up to 4 workers"
     ).parse_args()
     workers = QUICK_WORKERS if options.quick else WORKERS
     parts, steps = (32, 10) if options.quick else (PARTS, STEPS)
     connect()
     scheduling = [measure_scheduling(number, parts) for number in workers]
     exchanged = [measure_steps(number, steps) for number in workers]
-    bandwidth, latency, checks = checked(exchanged)
+    link, checks = checked(exchanged)
     model = modelled(scheduling)
     for each in (*scheduling, *exchanged, *checks):
         print(type(each).__name__, json.dumps(each._asdict()))
-    print(f"this machine's exchange: {bandwidth / 1e9:.2f} GB/s, {1e3 * latency:.2f} ms a doubling")
+    print(f"this machine's exchange: {link.bytes_per_s / 1e9:.2f} GB/s, {1e3 * link.latency_s:.2f} ms a doubling")
     for row in model:
         print(f"{row['hardware']}, {row['gpus']} GPUs: embed {row['embed']:.1%}, train {row['train']:.1%}")
     result = {
@@ -270,7 +286,7 @@ def main() -> None:
         },
         "ratios": {"modelled_by_measured": {each.workers: each.modelled_s / each.measured_s for each in checks}},
         "model": model,
-        "exchange": {"bytes_per_s": bandwidth, "latency_s": latency},
+        "exchange": link._asdict(),
     }
     write_result(options.json, result)
 
