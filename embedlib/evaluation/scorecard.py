@@ -29,7 +29,8 @@ SAFE, LOST = 0.95, 0.9
 NAMED = 5
 # Standard errors of a difference that is seen at the 5 % level with a power of 80 %.
 DETECTABLE = 1.96 + 0.84
-GATE = re.compile(r"\s*([\w./:-]+)\s*(>=|>)\s*([\d.]+)\s*(?:\*\s*([\w.-]+))?\s*")
+# A sign stands apart, since names of models may have one.
+GATE = re.compile(r"\s*([\w./:-]+)\s*(>=|>)\s*([\d.]+)\s*(?:\*\s*([\w.-]+)(?:\s+([+-])\s*([\d.]+))?)?\s*")
 
 
 class Failure(Config):
@@ -96,6 +97,16 @@ class Scorecard(Config):
         rows = {f"lang:{row.name}": row for row in self.languages}
         rows |= {row.name.lower(): row for row in (*self.tasks, *self.groups)}
         return rows.get(name.lower())
+
+
+class Gate(NamedTuple):
+    """What is required of a row: `number`, or `number` times what `model` reaches there, and `points` more."""
+
+    row: str
+    operator: str
+    number: float
+    model: str | None
+    points: float
 
 
 class GateResult(Config):
@@ -233,7 +244,8 @@ def check_requirements(requirements: Sequence[str], rows: Iterable[str], models:
     """ConfigError for a requirement that names none of the `rows` or `models` there will be; languages aside."""
     known = sorted({*(row.lower() for row in rows), MEAN})
     for text in requirements:
-        name, _, _, measure = parse_gate(text)
+        gate = parse_gate(text)
+        name, measure = gate.row, gate.model
         if not name.startswith("lang:") and name.lower() not in known:
             raise ConfigError(f"require: {text!r}: no row {name!r}; expected of {known}, or lang: and a language")
         if measure and measure not in models:
@@ -248,7 +260,7 @@ def check_gate(
     A row that lost a task is the mean of easier ones, or harder ones, so it meets nothing; nor does a row that is not
     there. ConfigError where no model is left: a gate that asks nobody would be passed by anything.
     """
-    name, operator, number, measure = parse_gate(text)
+    name, operator, number, measure, points = parse_gate(text)
     row = card.row(name)
     cells = row.cells if row else {}
     if measure and measure not in card.models:
@@ -259,7 +271,7 @@ def check_gate(
     wanted = number
     if measure:
         cell = cells.get(measure)
-        wanted = number * cell.value if cell else float("inf")
+        wanted = number * cell.value + points if cell else float("inf")
     results = []
     for model in asked:
         found = cells[model].value if model in cells else None
@@ -285,16 +297,24 @@ def of_row(name: str, task: str, group: str) -> bool:
     return name.startswith("lang:") or name.lower() in (MEAN, task.lower(), group.lower())
 
 
-def parse_gate(text: str) -> tuple[str, str, float, str | None]:
-    """Row, operator, number and model of a requirement; ConfigError where it has not this form."""
+def parse_gate(text: str) -> Gate:
+    """A requirement as it is written; ConfigError where it has not this form."""
     parts = GATE.fullmatch(text)
     if parts is None:
-        raise ConfigError(f"require: {text!r}; expected ROW>=NUMBER or ROW>=NUMBER*MODEL, as in 'sts>=0.95*teacher'")
-    name, operator, number, measure = parts.groups()
+        raise ConfigError(
+            f"require: {text!r}; expected ROW>=NUMBER, ROW>=NUMBER*MODEL or ROW>=NUMBER*MODEL - POINTS, as in "
+            "'sts>=0.95*teacher' and 'bitext>=1*teacher - 0.5'"
+        )
+    name, operator, number, measure, sign, points = parts.groups()
+    difference = _number(text, points or "0")
+    return Gate(name, operator, _number(text, number), measure, -difference if sign == "-" else difference)
+
+
+def _number(requirement: str, digits: str) -> float:
     try:
-        return name, operator, float(number), measure
+        return float(digits)
     except ValueError as error:
-        raise ConfigError(f"require: {text!r}: {number!r} is no number") from error
+        raise ConfigError(f"require: {requirement!r}: {digits!r} is no number") from error
 
 
 def verdict(card: Scorecard, model: str, speed_ratio: float | None, size_ratio: float | None) -> str:

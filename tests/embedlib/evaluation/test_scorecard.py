@@ -68,6 +68,9 @@ def test_a_model_that_lacks_a_task_has_no_mean_over_it() -> None:
         ("bitext >= 0.9*teacher", 72, False),
         ("lang:de>79", 79, True),
         ("STS2>60", 60, False),
+        ("sts>=1*teacher - 5", 65, True),
+        ("sts>=1*teacher -0.5", 69.5, False),
+        ("sts>0.9*teacher + 2", 65, True),
     ],
 )
 def test_gates(require: str, wanted: float, passed: bool) -> None:
@@ -80,7 +83,13 @@ def test_gates(require: str, wanted: float, passed: bool) -> None:
 
 @pytest.mark.parametrize(
     ("require", "message"),
-    [("sts=1", "expected ROW>=NUMBER"), ("sts>=1*tutor", "no model 'tutor'")],
+    [
+        ("sts=1", "expected ROW>=NUMBER"),
+        ("sts>=1*tutor", "no model 'tutor'"),
+        ("sts>=1 - 5", "expected ROW>=NUMBER"),
+        ("sts>=1*teacher-5", "no model 'teacher-5'"),
+        ("sts>=1*teacher - 5.0.0", "is no number"),
+    ],
 )
 def test_gates_that_mean_nothing(require: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
