@@ -1,8 +1,9 @@
 """Several jobs in a row: `python jobs/recipe.py jobs/runs/bangla_e5.yaml --paths pairs=pairs.parquet`.
 
 A stage is a job with its values. `{name}` in a value is what the stage `name` makes, or a path given under `paths`. All
-values are checked before the first stage runs. Each job skips what it has finished, so a recipe that was cut off, or
-changed, is run again with the same command.
+values and paths are checked before the first stage runs. Each job skips what it has finished, so a recipe that was cut
+off is run again with the same command. A stage whose values or inputs changed is refused, with the names of both, until
+its directory is moved away. `recipe.json` has what became of each stage.
 """
 
 from jobs.cli import run_job  # isort: skip (takes jobs/ off sys.path before any library is imported)
@@ -10,7 +11,8 @@ from jobs.cli import run_job  # isort: skip (takes jobs/ off sys.path before any
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
+from datetime import UTC, datetime
 from glob import glob
 from importlib import import_module
 from pathlib import Path
@@ -21,12 +23,12 @@ from rich.console import Console
 from rich.table import Table
 
 from embedlib.config import Config
-from embedlib.errors import ConfigError
+from embedlib.errors import ConfigError, EmbedlibError
 from embedlib.storage import Store
 from jobs.cli import describe
 from jobs.runtime import artifacts_directory, connect, format_seconds
 
-JobName = Literal["corpus", "distill", "embed", "bitext", "mine", "train", "merge", "evaluate"]
+JobName = Literal["corpus", "compress", "distill", "embed", "bitext", "mine", "train", "merge", "evaluate"]
 REFERENCE = re.compile(r"\{(\w+)\}")
 STATE = "recipe.json"
 FILES = (".parquet", ".jsonl", ".csv", ".txt")
@@ -58,6 +60,7 @@ class Job(NamedTuple):
 
 JOBS: dict[JobName, Job] = {
     "corpus": Job("jobs.corpus", "BuildConfig", "main", "train", "../manifest.json"),
+    "compress": Job("jobs.compress", "CompressJob", "main", "student_initial"),
     "distill": Job("jobs.distill", "DistillConfig", "main", "student"),
     "embed": Job("jobs.embed", "EmbedConfig", "embed", "."),
     "bitext": Job("jobs.bitext", "BitextConfig", "main", "."),
@@ -83,7 +86,7 @@ class RecipeConfig(Config):
     output: Path
     """Directory of all stages; a relative one lies below $EMBEDLIB_ARTIFACTS, else below ./artifacts."""
     paths: dict[str, str] = Field(default_factory=dict)
-    """Files and models by the name under which stages refer to them."""
+    """Files and models by the name under which stages refer to them; `{name}` in one is another of them."""
     stages: dict[str, StageConfig] = Field(min_length=1)
     """What is done."""
     only: list[str] | None = None
@@ -103,11 +106,13 @@ class Stage(NamedTuple):
     config: Config
     after: list[str]
     """Stages whose products it takes."""
+    witness: Path
+    """The file that is there when it is finished."""
 
 
 def resolve(config: RecipeConfig) -> list[Stage]:
     """All stages with their references resolved and their values checked; ConfigError names stage and key."""
-    known = {name: str(user_path_of(value)) for name, value in config.paths.items()}
+    known = resolved_paths(config)
     stages: list[Stage] = []
     for name, stage in config.stages.items():
         if name in known:
@@ -120,11 +125,18 @@ def resolve(config: RecipeConfig) -> list[Stage]:
             checked = job.config.model_validate({"output": str(output)} | values)
         except ValidationError as error:
             raise ConfigError(f"stages.{name}.values: {describe(error)}") from error
-        stages.append(Stage(name, job, checked, [each for each in dict.fromkeys(after) if each in config.stages]))
+        takes = [each for each in dict.fromkeys(after) if each in config.stages]
+        stages.append(Stage(name, job, checked, takes, output / job.product / job.witness))
         known[name] = str((output / job.product).absolute())
     if unknown := sorted(set(config.only or []) - set(config.stages)):
         raise ConfigError(f"only: {unknown[0]!r} is no stage; expected of {list(config.stages)}")
     return stages
+
+
+def resolved_paths(config: RecipeConfig) -> dict[str, str]:
+    """The paths by name, with those that others are made of in their place."""
+    given = {name: user_path_of(value) for name, value in config.paths.items()}
+    return {name: replaced(value, given, f"paths.{name}", []) for name, value in given.items()}
 
 
 def replaced(value: Any, known: Mapping[str, str], key: str, used: list[str]) -> Any:
@@ -154,46 +166,96 @@ class Done(NamedTuple):
     """What became of a stage."""
 
     state: str
-    seconds: float
-
-
-def run_stages(config: RecipeConfig, stages: list[Stage]) -> Iterator[tuple[Stage, Done]]:
-    """Run the stages in their order, and tell of each when it is finished."""
-    for stage in stages:
-        if config.only is not None and stage.name not in config.only:
-            yield stage, Done("left out", 0.0)
-            continue
-        print(f"\n== {stage.name} ==", flush=True)
-        product = config.directory / stage.name / stage.job.product / stage.job.witness
-        before = product.stat().st_mtime_ns if product.exists() else None
-        start = time.monotonic()
-        stage.job.run(stage.config)
-        after = product.stat().st_mtime_ns if product.exists() else None
-        state = "was there" if before is not None and before == after else "made"
-        yield stage, Done(state, time.monotonic() - start)
+    """waits, running, made, was there, left out, failed, or stopped by the user."""
+    seconds: float = 0.0
+    """What it took the last time it did not find its work done."""
+    finished: str | None = None
+    """When that was, in ISO 8601."""
 
 
 def require_files(config: RecipeConfig) -> None:
     """ConfigError for a path that names files and finds none: a stage would say so hours later."""
-    for name, value in config.paths.items():
-        is_file = Path(value).suffix in FILES or value.startswith(("/", "./", "../", "~"))
+    for name, value in resolved_paths(config).items():
+        below_another = "}/" in config.paths[name]
+        is_file = below_another or Path(value).suffix in FILES or value.startswith(("/", "./", "../", "~"))
         if is_file and Store.at(value).is_local and not glob(str(Path(value).expanduser())):
             raise ConfigError(f"paths.{name}: {value!r} finds no file; expected one that there is")
 
 
-def write_state(config: RecipeConfig, done: Mapping[str, Done]) -> None:
-    """What became of the stages so far, beside them."""
-    values = {name: each._asdict() for name, each in done.items()}
+def require_finished(config: RecipeConfig, stages: list[Stage]) -> None:
+    """ConfigError where `only` leaves out a stage that is not finished and that another takes."""
+    alone = set(config.only or config.stages)
+    finished = {stage.name for stage in stages if stage.witness.exists()}
+    for stage in stages:
+        if stage.name in alone and (missing := sorted(set(stage.after) - alone - finished)):
+            raise ConfigError(f"only: {stage.name!r} takes {missing[0]!r}, which is not finished; expected that, too")
+
+
+def run_stages(config: RecipeConfig, stages: list[Stage], done: MutableMapping[str, Done]) -> None:
+    """Run the stages in their order, and note in `done` and on disk what becomes of each.
+
+    An error of our own is raised again with the stage's name before it.
+    """
+
+    def note(stage: Stage, became: Done) -> None:
+        done[stage.name] = became
+        write_state(config, stages, done)
+
+    for number, stage in enumerate(stages, 1):
+        last = done[stage.name]
+        if config.only is not None and stage.name not in config.only:
+            note(stage, last._replace(state="left out"))
+            continue
+        print(f"\n== {stage.name}: {config.stages[stage.name].job}, {number} of {len(stages)} ==", flush=True)
+        note(stage, last._replace(state="running"))
+        before, start = written(stage.witness), time.monotonic()
+        try:
+            stage.job.run(stage.config)
+        except BaseException as error:
+            note(stage, now("failed" if isinstance(error, Exception) else "stopped", start))
+            if type(error).__module__ == EmbedlibError.__module__:
+                raise type(error)(f"stages.{stage.name}: {error}") from error
+            raise
+        was_there = before is not None and before == written(stage.witness)
+        note(stage, last._replace(state="was there") if was_there else now("made", start))
+
+
+def written(witness: Path) -> int | None:
+    """When a file was last written, in ns; none where there is none."""
+    return witness.stat().st_mtime_ns if witness.exists() else None
+
+
+def now(state: str, start: float) -> Done:
+    """The state that a stage came to just now; `start` is a reading of the monotonic clock."""
+    return Done(state, time.monotonic() - start, datetime.now(UTC).isoformat(timespec="seconds"))
+
+
+def read_state(config: RecipeConfig) -> dict[str, Done]:
+    """All stages as they wait, with what they took when they were last run."""
+    path = config.directory / STATE
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    last = {name: known.get(name, {}) for name in config.stages}
+    return {name: Done("waits", each.get("seconds", 0.0), each.get("finished")) for name, each in last.items()}
+
+
+def write_state(config: RecipeConfig, stages: list[Stage], done: Mapping[str, Done]) -> None:
+    """What became of the stages so far, what they are and what they take, beside them."""
+    values = {
+        stage.name: {"job": config.stages[stage.name].job, "takes": stage.after} | done[stage.name]._asdict()
+        for stage in stages
+    }
     (config.directory / STATE).write_text(json.dumps(values, indent=2) + "\n")
 
 
-def table_of(stages: list[Stage], done: Mapping[str, Done]) -> Table:
+def table_of(config: RecipeConfig, stages: list[Stage], done: Mapping[str, Done]) -> Table:
     """The recipe as a graph: each stage, what it takes, and what became of it."""
-    table = Table("stage", "takes", "state", "time")
+    table = Table("stage", "job", "takes", "state", "time", "finished")
     for stage in stages:
-        state = done.get(stage.name, Done("waits", 0.0))
-        took = format_seconds(state.seconds) if state.seconds else ""
-        table.add_row(stage.name, ", ".join(stage.after) or "–", state.state, took)
+        state, seconds, finished = done[stage.name]
+        when = datetime.fromisoformat(finished).astimezone().strftime("%Y-%m-%d %H:%M") if finished else ""
+        took = format_seconds(seconds) if seconds else ""
+        job = config.stages[stage.name].job
+        table.add_row(stage.name, job, ", ".join(stage.after) or "–", state, took, when)
     return table
 
 
@@ -201,20 +263,14 @@ def main(config: RecipeConfig) -> dict[str, Done]:
     """Check all stages, then run them; the table is printed whatever becomes of them."""
     stages = resolve(config)
     require_files(config)
+    require_finished(config, stages)
     connect()
     config.directory.mkdir(parents=True, exist_ok=True)
-    done: dict[str, Done] = {}
+    done = read_state(config)
     try:
-        for stage, state in run_stages(config, stages):
-            done[stage.name] = state
-            write_state(config, done)
-    except Exception:
-        failed = next(stage.name for stage in stages if stage.name not in done)
-        done[failed] = Done("failed", 0.0)
-        write_state(config, done)
-        raise
+        run_stages(config, stages, done)
     finally:
-        Console(width=100).print(table_of(stages, done))
+        Console(width=100).print(table_of(config, stages, done))
     return done
 
 

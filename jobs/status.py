@@ -25,6 +25,7 @@ from jobs.parts import CLAIM
 from jobs.runtime import artifacts_directory, format_seconds
 
 STATE = "recipe.json"
+RECIPE_STATES = {"made": "done", "was there": "done", "running": "begun"}
 # Below these lie parts and checkpoints, many files and no stages.
 SKIPPED = {"ray", "log", "converted", "quarantine", "judged"}
 
@@ -47,7 +48,8 @@ class Stage(NamedTuple):
     run: str
     """Beginning of the fingerprint of what is made."""
     state: str
-    """done, running, stopped, or begun: claimed by a job that has told nothing yet."""
+    """done, running, stopped, or begun: by a job that has told nothing yet; of a recipe's stage also waits, failed and
+    left out."""
     share: float | None
     seconds_left: float | None
     note: str
@@ -58,8 +60,13 @@ def stages(config: StatusConfig) -> list[Stage]:
     """All that lies below the directory, in the order in which it was touched last; DataError where there is none."""
     if not config.directory.is_dir():
         raise DataError(f"directory: {config.directory} is no directory")
-    found = [stage for path in directories(config.directory) if (stage := read_stage(path, config))]
-    return sorted(found, key=lambda stage: stage.changed)
+    found: dict[str, Stage] = {}
+    for path in directories(config.directory):
+        found |= {stage.path: stage for stage in recipe_stages(path, config)}
+        # What a stage's own directory tells is more than what its recipe does, but for that it failed.
+        if (stage := read_stage(path, config)) and not (stage.path in found and found[stage.path].state == "failed"):
+            found[stage.path] = stage
+    return sorted(found.values(), key=lambda stage: stage.changed)
 
 
 def directories(root: Path) -> Iterator[Path]:
@@ -75,7 +82,7 @@ def read_stage(path: Path, config: StatusConfig) -> Stage | None:
     note = read_json(path / NOTE)
     if manifest := read_json(path / MANIFEST_NAME):
         measured = manifest.get("measurements", {})
-        summary = summary_of(measured) or (f"{took} the last time" if (took := took_of(path)) else "")
+        summary = summary_of(measured) or note_of(path)
         mark = manifest.get("fingerprint", "")[:MAX_RUN_ID]
         return Stage(name, manifest.get("kind", "?"), mark, "done", 1.0, None, summary, changed(path / MANIFEST_NAME))
     if note:
@@ -101,6 +108,23 @@ def read_stage(path: Path, config: StatusConfig) -> Stage | None:
     return None
 
 
+def recipe_stages(path: Path, config: StatusConfig) -> Iterator[Stage]:
+    """The stages of a recipe, where a directory holds one."""
+    for name, told in (read_json(path / STATE) or {}).items():
+        state = RECIPE_STATES.get(told["state"], told["state"])
+        place = path / name
+        yield Stage(
+            path=str(place.relative_to(config.directory)),
+            kind=told.get("job", "?"),
+            run="",
+            state=state,
+            share=1.0 if state == "done" else None,
+            seconds_left=None,
+            note=note_of(place),
+            changed=datetime.fromisoformat(told["finished"]) if told.get("finished") else changed(path / STATE),
+        )
+
+
 def summary_of(measured: dict[str, Any], before: str = "") -> str:
     """The figures that tell most of a stage."""
     names = {
@@ -120,11 +144,11 @@ def summary_of(measured: dict[str, Any], before: str = "") -> str:
     return before + ", ".join(told) if told else ""
 
 
-def took_of(path: Path) -> str:
+def note_of(path: Path) -> str:
     """How long a stage of a recipe took, where recipe.json says so."""
     done = read_json(path.parent / STATE) or {}
     seconds = done.get(path.name, {}).get("seconds")
-    return format_seconds(seconds) if seconds else ""
+    return f"{format_seconds(seconds)} the last time" if seconds else ""
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

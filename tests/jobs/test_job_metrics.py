@@ -140,6 +140,26 @@ def test_what_a_stage_of_a_recipe_took_is_told(tmp_path: Path) -> None:
     }
 
 
+def test_stages_of_a_recipe_are_told_though_nothing_of_theirs_is_finished(tmp_path: Path) -> None:
+    with new_artifact(tmp_path / "recipe" / "trained" / "model", "model", MARK):
+        pass
+    with new_artifact(tmp_path / "recipe" / "mined", "negatives", MARK):
+        pass
+    told = {"trained": "was there", "mined": "failed", "merged": "running", "scored": "waits"}
+    (tmp_path / "recipe" / status.STATE).write_text(
+        json.dumps({name: {"job": "job", "state": state, "seconds": 75.2} for name, state in told.items()})
+    )
+    found = {stage.path: (stage.kind, stage.state, stage.note) for stage in stages(StatusConfig(directory=tmp_path))}
+    took = "1:15 the last time"
+    assert found == {
+        "recipe/trained": ("job", "done", took),
+        "recipe/trained/model": ("model", "done", ""),
+        "recipe/mined": ("job", "failed", took),
+        "recipe/merged": ("job", "begun", took),
+        "recipe/scored": ("job", "waits", took),
+    }
+
+
 def test_where_there_is_nothing_it_says_so(tmp_path: Path) -> None:
     assert stages(StatusConfig(directory=tmp_path)) == []
     with pytest.raises(DataError, match=r"directory: .*gone is no directory"):

@@ -1,6 +1,7 @@
 """Recipes: references, values checked at the door, and a small one on a real cluster, run twice."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from embedlib.errors import ConfigError
-from jobs.recipe import RecipeConfig, main, resolve
+from embedlib.config import Config
+from embedlib.errors import ConfigError, DataError
+from jobs.recipe import RecipeConfig, main, require_files, require_finished, resolve, resolved_paths
 from tests.conftest import corpus_rows
 
 TRAIN = {"job": "train", "values": {"model": "{base}", "datasets": [{"path": "{pairs}", "lang": "lang"}]}}
@@ -57,6 +59,91 @@ def test_only_stages_that_there_are() -> None:
 def test_a_path_without_a_file_is_refused_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"paths.pairs: 'p.parquet' finds no file"):
         main(recipe({"a": TRAIN}, output=tmp_path / "out"))
+
+
+def test_a_path_may_lie_below_another(tmp_path: Path) -> None:
+    (tmp_path / "sets" / "tatoeba").mkdir(parents=True)
+    paths = {"tatoeba": "{sets}/tatoeba", "sets": str(tmp_path / "sets"), "base": "b", "pairs": "{sets}/tatoeba"}
+    config = recipe({"a": TRAIN}, paths=paths, output=tmp_path / "out")
+    assert resolved_paths(config) == {
+        "tatoeba": f"{tmp_path}/sets/tatoeba",
+        "sets": f"{tmp_path}/sets",
+        "base": "b",
+        "pairs": f"{tmp_path}/sets/tatoeba",
+    }
+    require_files(config)
+    with pytest.raises(ConfigError, match=r"paths.flores: '.*/sets/flores' finds no file"):
+        require_files(recipe({"a": TRAIN}, paths=paths | {"flores": "{sets}/flores"}))
+    with pytest.raises(ConfigError, match=r"paths.flores: \{set\} is no path"):
+        resolve(recipe({"a": TRAIN}, paths=paths | {"flores": "{set}/flores"}))
+
+
+def test_only_needs_what_it_takes(tmp_path: Path) -> None:
+    stages = {"first": TRAIN, "second": {"job": "merge", "values": {"models": ["{base}", "{first}"]}}}
+    config = recipe(stages, only=["second"], output=tmp_path)
+    with pytest.raises(ConfigError, match="only: 'second' takes 'first', which is not finished"):
+        require_finished(config, resolve(config))
+    (tmp_path / "first" / "model").mkdir(parents=True)
+    (tmp_path / "first" / "model" / "manifest.json").touch()
+    require_finished(config, resolve(config))
+
+
+def jobs_that(monkeypatch: pytest.MonkeyPatch, job: Callable[[Config], object]) -> None:
+    """Every stage does this, without a cluster."""
+    monkeypatch.setattr("jobs.recipe.Job.run", property(lambda _: job))
+    monkeypatch.setattr("jobs.recipe.connect", lambda: None)
+    monkeypatch.setattr("jobs.recipe.require_files", lambda _: None)
+
+
+def test_states_and_times_are_kept_from_run_to_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[dict[str, str]] = []
+    broken = True
+
+    def states() -> dict[str, str]:
+        return {name: told["state"] for name, told in json.loads((tmp_path / "recipe.json").read_text()).items()}
+
+    def train(config: Config) -> None:
+        seen.append(states())
+        model = config.model_dump()["output"] / "model"
+        if broken and model.parent.name == "second":
+            raise DataError("no text")
+        if not model.exists():
+            model.mkdir(parents=True)
+            (model / "manifest.json").touch()
+
+    jobs_that(monkeypatch, train)
+    config = recipe({"first": TRAIN, "second": TRAIN, "third": TRAIN}, output=tmp_path)
+    with pytest.raises(DataError, match=r"stages\.second: no text"):
+        main(config)
+    assert seen == [
+        {"first": "running", "second": "waits", "third": "waits"},
+        {"first": "made", "second": "running", "third": "waits"},
+    ]
+    assert states() == {"first": "made", "second": "failed", "third": "waits"}
+    assert "failed" in capsys.readouterr().out
+    first = json.loads((tmp_path / "recipe.json").read_text())["first"]
+
+    broken = False
+    assert main(config.model_copy(update={"only": ["second"]}))["first"].state == "left out"
+    done = main(config)
+    assert {name: each.state for name, each in done.items()} == {
+        "first": "was there",
+        "second": "was there",
+        "third": "made",
+    }
+    assert (done["first"].seconds, done["first"].finished) == (first["seconds"], first["finished"])
+
+
+def test_a_stage_that_the_user_stops_is_not_called_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(config: Config) -> None:
+        raise KeyboardInterrupt
+
+    jobs_that(monkeypatch, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(recipe({"first": TRAIN}, output=tmp_path))
+    assert json.loads((tmp_path / "recipe.json").read_text())["first"]["state"] == "stopped"
 
 
 @pytest.mark.ray
