@@ -254,10 +254,11 @@ def make_dataset(
         write_vectors(scratch, num_texts, teacher.embedding_dim, read_parts(vectors))
         measurements["tokens"] = int(np.load(scratch / "offsets.npy", mmap_mode="r")[-1])
 
-        held = with_prompts(HeldOut.read(corpus / "validation.parquet", VALIDATION_TEXTS).texts, prefixes)
-        pooled = teacher.encode_tokens(teacher.tokenise(held), normalise=False).astype(np.float16)
+        held = HeldOut.read(corpus / "validation.parquet", VALIDATION_TEXTS).texts
+        asked = with_prompts(held, known_prompts(teacher, config.compression.prompts))
+        pooled = teacher.encode_tokens(teacher.tokenise(asked), normalise=False).astype(np.float16)
         (scratch / "validation").mkdir()
-        write_tokens(scratch / "validation", len(held), [encoder.tokenise(held)])
+        write_tokens(scratch / "validation", len(held), [encoder.tokenise(with_prompts(held, prefixes))])
         write_vectors(scratch / "validation", len(held), pooled.shape[1], [(np.arange(len(held)), pooled)])
     return directory
 

@@ -99,12 +99,11 @@ def unknown_rate(encoder: Encoder, texts: Sequence[str]) -> float:
 
 def measure_speed(teacher: Encoder, student: Encoder, texts: Sequence[str]) -> Speed:
     """Both models on the same texts in turn, tokenisation included; the median of several runs each."""
-    prompt = symmetric_prompt(teacher.prompts)
     seconds: dict[str, list[float]] = {"teacher": [], "student": []}
     for _ in range(SPEED_RUNS):
         for name, encoder in (("teacher", teacher), ("student", student)):
             start = time.perf_counter()
-            encoder.encode(texts, prompt)
+            encoder.encode(texts, symmetric_prompt(encoder.prompts))
             seconds[name].append(time.perf_counter() - start)
     growth = _num_tokens(student, texts) / _num_tokens(teacher, texts)
     layers = num_layers(teacher) / num_layers(student)
@@ -194,12 +193,14 @@ def compare(teacher_name: str, paths: Paths, sts: Sequence[Path] = ()) -> Compar
         "student": Encoder.load(paths.student),
     }
     teacher, student = encoders["teacher"], encoders["student"]
-    prompt = symmetric_prompt(teacher.prompts)
+    prompts = {name: symmetric_prompt(encoder.prompts) for name, encoder in encoders.items()}
     held_out = HeldOut.read(paths.held_out, MAX_HELD_OUT)
-    vectors = {name: encoder.encode(held_out.texts, prompt) for name, encoder in encoders.items()}
+    vectors = {name: encoder.encode(held_out.texts, prompts[name]) for name, encoder in encoders.items()}
     bitext = {name: bitext_by_language(rows, held_out) for name, rows in vectors.items()}
     sets = [each for path in sts for each in load_sts(path)]
-    scores = {name: score_sts(partial(encoder.encode, prompt_name=prompt), sets) for name, encoder in encoders.items()}
+    scores = {
+        name: score_sts(partial(encoder.encode, prompt_name=prompts[name]), sets) for name, encoder in encoders.items()
+    }
     described = describe_model(student, "student").model_dump()
     return Comparison(
         teacher=describe_model(teacher, teacher_name),

@@ -2,9 +2,13 @@
 
 import json
 import shutil
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 from rich.console import Console
@@ -12,11 +16,16 @@ from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
 from transformers import BertConfig, BertModel
 
-from embedlib.artifact import hash_files, manifest_of, mark_of, model_fingerprint
+from embedlib.artifact import hash_files, manifest_of, mark_of, model_fingerprint, new_artifact
+from embedlib.dataset import DistillationSet
+from embedlib.encoder import Encoder
 from embedlib.errors import ConfigError
+from embedlib.evaluation.comparison import HeldOut
+from embedlib.metrics import row_cosines
 from embedlib.model_directory import PROMPTS_NAME
+from embedlib.schemas import vector_column
 from jobs.compress import CompressJob, make_corpus, make_student, table_of, teacher_of
-from jobs.distill import DistillConfig, take_student
+from jobs.distill import DistillConfig, make_dataset, make_texts, take_student
 from tests.conftest import PROMPTS, body_values, write_encoder
 from tests.jobs.test_distill import vocabulary_size
 
@@ -134,3 +143,27 @@ def test_prompts_are_the_teachers_or_told(
         return
     with pytest.raises(ConfigError, match="expected the same, or teacher_prompts"):
         take_student(config, tiny_encoder)
+
+
+def test_teacher_and_student_learn_under_prompts_of_their_own(
+    compressed: Path, tiny_encoder: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    told = {"query": "ask: ", "passage": "tell: "}
+    given = {"compression": {}, "student": str(compressed), "teacher_prompts": told}
+    config = DistillConfig.model_validate(values_for(tmp_path / "out", tiny_encoder, tiny_corpus) | given)
+    teacher, corpus = teacher_of(config), make_corpus(config)
+    student = take_student(config, teacher)
+    texts = make_texts(config, corpus, 8)
+    with new_artifact(config.directory / "vectors", "vectors", "0" * 64) as (vectors, _):
+        column = vector_column(np.zeros((8, 32), np.float16))
+        pq.write_table(pa.table({"id": np.arange(8), "vector": column}), vectors / "part-0.parquet")
+    dataset = make_dataset(config, teacher, student, corpus, texts, config.directory / "vectors")
+    validation = DistillationSet.open(dataset / "validation")
+    held = HeldOut.read(corpus / "validation.parquet").texts
+    named = list(zip(cycle(["query", "passage"]), held, strict=False))
+    learner, source = Encoder.load(compressed), Encoder.load(tiny_encoder)
+    for row, (name, text) in enumerate(named):
+        (tokens,), _ = validation.samples(np.array([row]))
+        np.testing.assert_array_equal(tokens, learner.tokenise([text], name)[0])
+    expected = source.encode([told[name] + text for name, text in named])
+    assert row_cosines(np.asarray(validation.vectors, np.float32), expected).min() > 0.999
