@@ -202,6 +202,7 @@ class ExportedBackend(ABC):
 
     name: BackendName
     max_threads: int
+    pads = True
 
     def pooled(self, batches: Sequence[Sequence[TokenIds]]) -> Vectors:
         """Vectors (sequences, embedding_dim) before normalisation, batch after batch."""

@@ -1,6 +1,6 @@
 """Group token sequences of unequal length so that little of a batch is padding."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,6 +26,11 @@ def token_budget_batches(lengths: npt.NDArray[np.int64], budget: int) -> Iterato
         rows = max(1, budget // longest)
         yield order[start : start + rows]
         start += rows
+
+
+def padded_size(lengths: npt.NDArray[np.int64], batches: Iterable[npt.NDArray[np.int64]]) -> int:
+    """Tokens of batches of sequences of these lengths, padding included."""
+    return sum(len(rows) * int(lengths[rows].max()) for rows in batches)
 
 
 def padded(sequences: Sequence[TokenIds], pad_id: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

@@ -20,7 +20,7 @@ from embedlib.backends import (
 )
 from embedlib.chunking import pool_chunks, split_long
 from embedlib.config import Config
-from embedlib.encoder import Encoder, fast_dtype, with_prompts
+from embedlib.encoder import Encoder, fast_dtype, lengths_of, with_prompts
 from embedlib.errors import ConfigError
 from embedlib.model_directory import trained_dimensions
 from embedlib.quantization import NEEDS_RANGES, OutputDtype, calibrate, quantise, truncate
@@ -78,6 +78,17 @@ class Prepared(Config):
     """Calibration of int8 and uint8: the lowest and the highest value of each dimension."""
 
 
+class Computed(NamedTuple):
+    """What the model was given."""
+
+    texts: int
+    """Distinct ones, of which equal texts are one."""
+    tokens: int
+    """Their tokens."""
+    padded_tokens: int
+    """The same with the padding of their batches."""
+
+
 class Embedded(NamedTuple):
     """Texts as vectors."""
 
@@ -87,6 +98,8 @@ class Embedded(NamedTuple):
     """Tokens that each text cost, its prompt included; equal texts are computed once and count each."""
     finite: npt.NDArray[np.bool_]
     """Whether the model gave the text a vector at all."""
+    computed: Computed
+    """What that took."""
 
 
 class TextEmbedder:
@@ -110,23 +123,27 @@ class TextEmbedder:
 
     def embed(self, texts: Sequence[str], numbers: Sequence[int]) -> Embedded:
         """Embed texts with these row numbers."""
-        vectors, num_tokens = self.embed_exactly(texts, numbers)
+        vectors, num_tokens, computed = self.embed_exactly(texts, numbers)
         finite: npt.NDArray[np.bool_] = np.asarray(np.isfinite(vectors).all(axis=1))
         return Embedded(
-            quantise(np.where(finite[:, None], vectors, 0), self.config.vectors.dtype, self.ranges), num_tokens, finite
+            quantise(np.where(finite[:, None], vectors, 0), self.config.vectors.dtype, self.ranges),
+            num_tokens,
+            finite,
+            computed,
         )
 
     def embed_exactly(
         self, texts: Sequence[str], numbers: Sequence[int]
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-        """Vectors (texts, dim) as float32 before their number type, and the tokens of each text."""
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64], Computed]:
+        """Vectors (texts, dim) as float32 before their number type, the tokens of each text, and what was computed."""
         prefixes = self.prefixes or [""]
         keys = [(text, number % len(prefixes)) for text, number in zip(texts, numbers, strict=True)]
         unique = {key: row for row, key in enumerate(dict.fromkeys(keys))}
         chunks, chunks_of_text = self._chunks(list(unique), prefixes)
         tokens = self.encoder.tokenise(chunks)
         vectors = self.encoder.encode_tokens(tokens, self.config.vectors.normalise)
-        num_tokens = np.array([len(sequence) for sequence in tokens])
+        num_tokens = lengths_of(tokens)
+        computed = Computed(len(unique), int(num_tokens.sum()), self.encoder.num_computed(tokens))
         if len(chunks) > len(unique):
             starts = np.cumsum(chunks_of_text) - chunks_of_text
             num_tokens = np.add.reduceat(num_tokens, starts)
@@ -134,7 +151,7 @@ class TextEmbedder:
         if self.config.vectors.dimensions:
             vectors = truncate(vectors, self.config.vectors.dimensions)
         rows = [unique[key] for key in keys]
-        return vectors[rows], num_tokens[rows]
+        return vectors[rows], num_tokens[rows], computed
 
     def _chunks(
         self, texts: Sequence[tuple[str, int]], prefixes: Sequence[str]
@@ -195,7 +212,7 @@ def prepare(
         )
     ranges = None
     if config.vectors.dtype in NEEDS_RANGES:
-        vectors, _ = TextEmbedder(load(backend), config, None).embed_exactly(texts, range(len(texts)))
+        vectors, _, _ = TextEmbedder(load(backend), config, None).embed_exactly(texts, range(len(texts)))
         ranges = calibrate(vectors).tolist()
     return Prepared(
         backend=backend,

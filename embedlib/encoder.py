@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from embedlib.batching import TokenIds, token_budget_batches
+from embedlib.batching import TokenIds, padded_size, token_budget_batches
 from embedlib.errors import ConfigError
 from embedlib.memory import keep_freed_memory
 from embedlib.threads import cores
@@ -47,6 +47,11 @@ class Backend(Protocol):
     @property
     def max_threads(self) -> int:
         """How many calls at once are worth making."""
+        ...
+
+    @property
+    def pads(self) -> bool:
+        """Whether the sequences of a batch are filled up to the longest, and not laid end to end."""
         ...
 
     def pooled(self, batches: Sequence[Sequence[TokenIds]]) -> Vectors:
@@ -185,11 +190,23 @@ class Encoder:
         normalise = self.normalises if normalise is None else normalise
         if not tokens:
             return np.empty((0, self.embedding_dim), np.float32)
-        lengths = np.array([len(sequence) for sequence in tokens])
-        share = int(lengths.sum()) // min(self.backend.max_threads, cores())
-        budget = min(self.batch_tokens, max(LEAST_BATCH_TOKENS, share))
-        batches = list(token_budget_batches(lengths, budget))
+        batches = self._batches(lengths_of(tokens))
         pooled = self.backend.pooled([[tokens[row] for row in batch] for batch in batches])
         if normalise:
             pooled /= np.linalg.norm(pooled, axis=1, keepdims=True).clip(1e-12)
         return np.asarray(pooled[np.argsort(np.concatenate(batches))])
+
+    def num_computed(self, tokens: Sequence[TokenIds]) -> int:
+        """Tokens that `encode_tokens` computes for these, padding included."""
+        lengths = lengths_of(tokens)
+        return padded_size(lengths, self._batches(lengths)) if self.backend.pads else int(lengths.sum())
+
+    def _batches(self, lengths: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+        share = int(lengths.sum()) // min(self.backend.max_threads, cores())
+        budget = min(self.batch_tokens, max(LEAST_BATCH_TOKENS, share))
+        return list(token_budget_batches(lengths, budget))
+
+
+def lengths_of(tokens: Sequence[TokenIds]) -> npt.NDArray[np.int64]:
+    """Tokens of each sequence."""
+    return np.array([len(sequence) for sequence in tokens], np.int64)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from embedlib.artifact import require_model
 from embedlib.batching import TokenIds
 from embedlib.errors import ConfigError
-from embedlib.packing import Features, collator
+from embedlib.packing import Features, collator, packed_architecture
 from embedlib.threads import MAX_THREADS, side_by_side
 from embedlib.traits import Traits
 
@@ -63,6 +63,7 @@ class TorchBackend:
         dtype = dtype or torch.float32
         self.model = model.eval().to(dtype)
         self.collate = collator(model)
+        self.pads = packed_architecture(model) is None
         self.name = f"torch-{str(dtype).removeprefix('torch.')}"
         self.max_threads = MAX_THREADS if model.device.type == "cpu" else 1
 

@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import nn
 
 from embedlib.artifact import fingerprint
-from embedlib.batching import TokenIds, token_budget_batches
+from embedlib.batching import TokenIds, padded_size, token_budget_batches
 from embedlib.collectives import all_gather_rows, all_reduce_max, all_reduce_sum, rank, world_size
 from embedlib.config import Config
 from embedlib.errors import ConfigError, DataError
@@ -75,6 +75,8 @@ class StepResult(NamedTuple):
     """Sum over this process' rows ÷ rows of the whole batch; the processes' values add up to the batch's mean loss."""
     num_tokens: int
     """Tokens embedded by this process, padding excluded."""
+    num_padding: int
+    """Padding computed with them; none where sequences are laid end to end."""
     grad_norm: float
     """Length of the whole batch's gradient before clipping."""
 
@@ -294,13 +296,17 @@ def optimise(
     mixed = arithmetic.dtype != torch.float32
     autocast = torch.autocast(device.type, arithmetic.dtype, enabled=mixed, cache_enabled=False)
 
+    padding: dict[int, int] = {}  # by the first row of a micro-batch, which may be embedded twice
+
     def embed(rows: npt.NDArray[np.int64]) -> torch.Tensor:
+        features = arithmetic.collate([tokens[row] for row in rows])
+        padding[int(rows[0])] = features["input_ids"].numel() - int(lengths[rows].sum())
         with autocast:
-            vectors: torch.Tensor = state.model(**arithmetic.collate([tokens[row] for row in rows]))
+            vectors: torch.Tensor = state.model(**features)
         return vectors.float()
 
     backward = Backward(state.model, embed, of_batch)
-    padded_tokens = sum(len(rows) * int(lengths[rows].max()) for rows in micro_batches)
+    padded_tokens = padded_size(lengths, micro_batches)
     num_lanes = _num_lanes(state.model, device)
     if num_lanes > 1 and padded_tokens <= WHOLE_GRAPH_TOKENS:
         shares = [dealt(lengths, number, num_lanes) for number in range(num_lanes)]
@@ -328,7 +334,7 @@ def optimise(
     state.follow()
     state.optimizer.zero_grad()
     state.step += 1
-    return StepResult(total_loss, int(lengths.sum()), float(norm))
+    return StepResult(total_loss, int(lengths.sum()), sum(padding.values()), float(norm))
 
 
 def _device(state: TrainState) -> torch.device:

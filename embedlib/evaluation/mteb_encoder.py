@@ -100,6 +100,8 @@ class CachedEncoder(AbsEncoder):
         self._load, self.prompts, self.cache = load, prompts, cache
         self._encoder: Encoder | None = None
         self.name, self.dimensions = name, dimensions
+        self.texts = self.kept = 0
+        """Texts that were asked for so far, and those of them that had a vector, or the same as another one."""
         self.mteb_model_meta = model_meta(name, revision)
 
     def encode(
@@ -121,7 +123,9 @@ class CachedEncoder(AbsEncoder):
         texts = list(texts)
         keys = [key_of(prefix, text) for text in texts]
         self.cache.refresh()
-        if rows := self.cache.missing(keys):
+        rows = self.cache.missing(keys)
+        self.texts, self.kept = self.texts + len(texts), self.kept + len(texts) - len(rows)
+        if rows:
             if self._encoder is None:
                 self._encoder = self._load()
             vectors = self._encoder.encode([texts[row] for row in rows], prompt_name)

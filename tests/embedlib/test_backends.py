@@ -76,6 +76,7 @@ class Noisy:
     """A backend whose vectors are off by a given amount."""
 
     max_threads = 1
+    pads = False
 
     def __init__(self, encoder: Encoder, noise: float) -> None:
         self.name, self.compute, self.noise = "noisy", encoder.backend, noise

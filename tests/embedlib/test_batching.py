@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedlib.batching import pad, token_budget_batches
+from embedlib.batching import pad, padded_size, token_budget_batches
 
 
 @given(st.lists(st.integers(0, 70), max_size=60), st.integers(1, 200))
@@ -20,6 +20,13 @@ def test_a_batch_is_as_large_as_the_budget_lets_it(lengths: list[int], budget: i
     batches = list(token_budget_batches(np.array(lengths, dtype=np.int64), budget))
     for batch in batches[:-1]:
         assert (len(batch) + 1) * lengths[batch[0]] > budget
+
+
+def test_padding_is_counted() -> None:
+    lengths = np.array([5, 2, 3, 3])
+    batches = list(token_budget_batches(lengths, 9))
+    assert [batch.tolist() for batch in batches] == [[0], [2, 3, 1]]
+    assert padded_size(lengths, batches) == 5 + 3 * 3
 
 
 def test_padding_is_on_the_right_and_masked() -> None:

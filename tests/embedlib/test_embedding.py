@@ -44,6 +44,19 @@ def test_equal_texts_are_computed_once(
     assert seen == [5]
     assert (embedded.vectors[:5] == embedded.vectors[5:]).all()
     assert (embedded.num_tokens[:5] == embedded.num_tokens[5:]).all()
+    assert embedded.computed.texts == 5
+    assert embedded.computed.tokens == embedded.num_tokens[:5].sum()
+
+
+def test_padding_is_told_where_there_is_any(tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = embedder(tiny_encoder)
+    texts = ["cat", "the cat is small, and the house is here"]
+    lengths = [len(tokens) for tokens in made.encoder.tokenise(texts)]
+    assert lengths[0] < lengths[1]
+    packed = made.embed(texts, range(2)).computed
+    assert packed.padded_tokens == packed.tokens == sum(lengths)
+    monkeypatch.setattr(made.encoder.backend, "pads", True)
+    assert made.embed(texts, range(2)).computed.padded_tokens == 2 * max(lengths)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "max"])

@@ -79,6 +79,15 @@ def gradients_of_step(
     return step(current, batch, loss, batch_tokens), seen
 
 
+@pytest.mark.parametrize("whole_graph_tokens", [16384, 0])
+def test_padding_is_counted_once_though_batches_are_embedded_twice(
+    whole_graph_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "WHOLE_GRAPH_TOKENS", whole_graph_tokens)
+    assert step(state(Mean()), samples(), GRAM, 16).num_padding == 14 + 9 + 2 * 7 + 3 * 3 - sum(LENGTHS)
+    assert step(state(Mean()), samples(), GRAM, 98).num_padding == 7 * 14 - sum(LENGTHS)
+
+
 @pytest.mark.parametrize("loss", [MSE_AND_COSINE, GRAM])
 def test_micro_batches_change_nothing(tiny_encoder: Path, loss: LossConfig) -> None:
     device = torch.device("cpu")
@@ -88,6 +97,7 @@ def test_micro_batches_change_nothing(tiny_encoder: Path, loss: LossConfig) -> N
     assert cut.loss == pytest.approx(whole.loss, rel=1e-5)
     assert cut.grad_norm == pytest.approx(whole.grad_norm, rel=1e-5)
     assert cut.num_tokens == whole.num_tokens == sum(LENGTHS)
+    assert cut.num_padding == whole.num_padding == 0  # laid end to end
     assert (
         cut_gradients.keys()
         == whole_gradients.keys()

@@ -140,10 +140,13 @@ def test_finished_scores_need_no_model_and_half_finished_vectors_are_kept(
     def no_model() -> Encoder:
         raise AssertionError("loaded")
 
-    first = score("bitext", sets, encoder_of(tiny_encoder, tmp_path / "vectors"), tmp_path / "scores")
+    encoder = encoder_of(tiny_encoder, tmp_path / "vectors")
+    first = score("bitext", sets, encoder, tmp_path / "scores")
+    assert encoder.kept < encoder.texts
     idle = encoder_of(tiny_encoder, tmp_path / "vectors", no_model)
     assert score("bitext", sets, idle, tmp_path / "scores") == first
     assert score("bitext", sets, idle, tmp_path / "elsewhere") == first  # the texts have vectors
+    assert idle.kept == idle.texts == encoder.texts
 
 
 def test_the_fingerprint_tells_a_damaged_model_from_a_renamed_one(tiny_encoder: Path, tmp_path: Path) -> None:
