@@ -26,7 +26,9 @@ from benchmarks.machine import describe_machine, in_fresh_process
 from embedlib.evaluation.tasks import TaskConfig, load_task
 from embedlib.model_directory import read_prompts
 from embedlib.pretrained import EMBEDDED_TEACHER, pretrained_directory
+from embedlib.storage import Store
 from jobs.cli import read_run
+from jobs.metrics import RunReport
 from jobs.runtime import connect
 
 TOLERANCE = 1e-3
@@ -97,7 +99,8 @@ def with_embedlib(model: str, tasks: dict[str, dict[str, Any]], root: str, cache
     start = time.perf_counter()
     units, _ = plan_units(config)
     scores: Scores = {}
-    for result in score_all(scorers(config, len(units)), find_models(config), units):
+    report = RunReport("evaluate", "benchmark", Store.at(cache), {})
+    for result in score_all(scorers(config, len(units)), find_models(config), units, report):
         if not isinstance(result, list):
             raise RuntimeError(f"{result.task}: {result.reason}")
         scores |= {f"{score.task}/{score.subset}": score.value / 100 for score in result}

@@ -41,6 +41,7 @@ from embedlib.schemas import vectors_of
 from embedlib.storage import Store
 from embedlib.topk import Hits, recall
 from embedlib.torch_model import body_of
+from jobs.metrics import RunReport
 from jobs.mine import MineConfig, mine
 from jobs.runtime import connect
 from jobs.shards import (
@@ -332,7 +333,7 @@ def against_plain_index(work: Path, vectors: Path, num_runs: int) -> dict[str, A
         for num_shards in SHARDS:
             search = SearchConfig(index=kind, shards=num_shards)
             plan = plan_shards(work / kind, search, files, [], {"text": "text"})
-            shards = start_shards(plan)
+            shards = start_shards(plan, RunReport("mine", "benchmark", Store.at(plan.work), {}))
             plan, _ = gated(plan, shards, queries[:SAMPLED_QUERIES])
             trained = plan.trained_index()
             seconds[num_shards] = timed(num_runs, search_blocks, queries, k, shards, trained, plan.nprobe)

@@ -146,14 +146,14 @@ def mine_under(work: Path, model: Path, queries_per_block: int) -> Mined:
     )
     connect()
     plan = prepare(config, model, pairs.read_pairs(config.pairs, config.columns, config.max_characters), output)
+    report = RunReport("mine", "benchmark", Store.at(str(output)), {})
     with watched_memory(own_bytes) as own, watched_memory(mapped_bytes) as mapped:
         begun = time.perf_counter()
-        shards = start_shards(plan.shards)
+        shards = start_shards(plan.shards, report)
         indexed = time.perf_counter()
         searched, measured = gated(plan.shards, shards, sample_queries(plan, config.search.recall_queries))
         gate_passed = time.perf_counter()
         blocks = range(plan.num_blocks if queries_per_block == SETTINGS[0] else -(-plan.num_blocks // SECOND_SHARE))
-        report = RunReport("mine", "benchmark", Store.at(str(output)), len(blocks), "blocks")
         mine_blocks(plan._replace(shards=searched), shards, blocks, report, measured["recall_at_10"])
         done = time.perf_counter()
     ray.shutdown()
@@ -187,7 +187,7 @@ def search_grown(work: Path, nprobe: int) -> list[Searched]:
         index = f"IVF{max(64, 1 << round(np.log2(rows / 512)))},PQ192x4fs"
         search = SearchConfig(index=index, nprobe=nprobe, min_recall=0, shards=1)
         plan = plan_shards(work / f"grown-{share}", search, some, [], {"text": "text"})
-        shards = start_shards(plan)
+        shards = start_shards(plan, RunReport("mine", "benchmark", Store.at(plan.work), {}))
         _, measured = gated(plan, shards, queries[: search.recall_queries])
         search_blocks(queries[:256], DEPTH, shards, plan.trained_index(), nprobe)  # pages of the index come in
         begun = time.perf_counter()

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,15 +58,26 @@ class Store(NamedTuple):
         """Whether there is a file or a directory."""
         return bool(self.info.type != fs.FileType.NotFound)
 
+    def entries(self, recursive: bool = False) -> list[fs.FileInfo]:
+        """All that lies in this directory in the order of its names, hidden files and directories, too."""
+        selector = fs.FileSelector(self.path, recursive=recursive, allow_not_found=True)
+        return sorted(self.filesystem.get_file_info(selector), key=lambda info: info.path)
+
     def files(self, recursive: bool = False) -> list["Store"]:
         """The files below this directory in the order of their names; hidden ones and scratch files are left out."""
-        selector = fs.FileSelector(self.path, recursive=recursive, allow_not_found=True)
-        found = [info for info in self.filesystem.get_file_info(selector) if info.type == fs.FileType.File]
         return [
             Store(self.filesystem, info.path)
-            for info in sorted(found, key=lambda info: info.path)
-            if not info.base_name.startswith((".", "_"))
+            for info in self.entries(recursive)
+            if info.type == fs.FileType.File and not info.base_name.startswith((".", "_"))
         ]
+
+    def walk(self, is_entered: "Callable[[str], bool]") -> "Iterator[tuple[Store, dict[str, fs.FileInfo]]]":
+        """This directory and those below it that `is_entered` by their names, each with its files by name."""
+        found = self.entries()
+        yield self, {info.base_name: info for info in found if info.type == fs.FileType.File}
+        for info in found:
+            if info.type == fs.FileType.Directory and is_entered(info.base_name):
+                yield from Store(self.filesystem, info.path).walk(is_entered)
 
     def read(self) -> bytes:
         """The whole file."""

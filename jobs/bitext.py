@@ -36,8 +36,9 @@ from embedlib.margin import (
 from embedlib.schemas import vector_column, vectors_of
 from embedlib.storage import Store, user_path
 from embedlib.topk import NO_ROW, Hits
+from jobs.metrics import RunReport
 from jobs.parts import claim, missing_parts, part_name, write_parquet
-from jobs.runtime import Progress, connect, own_errors
+from jobs.runtime import connect, own_errors
 from jobs.shards import (
     RETRIES,
     SearchConfig,
@@ -161,10 +162,11 @@ def bitext(config: BitextConfig) -> Manifest:
     if finished := claim(output, mark, "pairs"):
         return finished
     work = Path(output.path) / "work"
-    corpora = {name: opened(config, directory, work / name) for name, directory in directories.items()}
+    report = RunReport("bitext", mark, output, config.model_dump(mode="json"))
+    corpora = {name: opened(config, directory, work / name, report) for name, directory in directories.items()}
     source, target = corpora["source"], corpora.get("target", corpora["source"])
-    forward = neighbours(config, source, target, work / "forward")
-    backward = forward if target is source else neighbours(config, target, source, work / "backward")
+    forward = neighbours(config, source, target, work / "forward", report)
+    backward = forward if target is source else neighbours(config, target, source, work / "backward", report)
     pairs = above(config, forward, backward, source)
     for number, begin in enumerate(range(0, len(pairs.rows), PAIRS_A_PART)):
         some = Pairs._make(field[begin : begin + PAIRS_A_PART] for field in pairs)
@@ -183,22 +185,25 @@ def bitext(config: BitextConfig) -> Manifest:
         measurements=measurements,
     )
     (output / MANIFEST_NAME).write(manifest.model_dump_json(indent=2).encode())
+    report.finish()
     return manifest
 
 
-def opened(config: BitextConfig, directory: str, work: Path) -> Corpus:
+def opened(config: BitextConfig, directory: str, work: Path, report: RunReport) -> Corpus:
     """The shards of a vector directory, ready to be searched."""
     files = vector_files(Store.at(directory))
     check_vectors(files, [config.text], directory)
     require_distinct(files)
     plan = plan_shards(work, config.search, files, [], {"text": config.text})
-    shards = start_shards(plan)
+    shards = start_shards(plan, report)
     parts = [part for run in plan.chunks for part in run]
-    plan, _ = gated(plan, shards, sample(parts, config.search.recall_queries))
+    plan, measured = gated(plan, shards, sample(parts, config.search.recall_queries))
+    if measured:
+        report.measure({"recall": measured["recall_at_10"]})
     return Corpus(files, plan, shards)
 
 
-def neighbours(config: BitextConfig, here: Corpus, there: Corpus, output: Path) -> Neighbours:
+def neighbours(config: BitextConfig, here: Corpus, there: Corpus, output: Path, report: RunReport) -> Neighbours:
     """The neighbours in one corpus of all rows of another, (rows, k)."""
     missing = missing_parts(Store.at(str(output)), len(here.files))
     remote = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=RETRIES, scheduling_strategy="SPREAD")(Finder)
@@ -207,12 +212,11 @@ def neighbours(config: BitextConfig, here: Corpus, there: Corpus, output: Path) 
     firsts = np.append(0, np.cumsum([pq.read_metadata(file).num_rows for file in here.files])).tolist()
     for number in missing:
         pool.submit(lambda finder, part: finder.find.remote(part, here.files[part], firsts[part]), number)
-    progress = Progress("search", len(here.files), "files")
-    progress.update(len(here.files) - len(missing))
+    report.begin(f"search {output.name}", len(here.files), "files", len(here.files) - len(missing))
     for done in range(1, len(missing) + 1):
         with own_errors():
             pool.get_next_unordered()
-        progress.update(len(here.files) - len(missing) + done)
+        report.update(len(here.files) - len(missing) + done)
     tables = [pq.read_table(output / part_name(number)) for number in range(len(here.files))]
     found = [np.concatenate([vectors_of(table[name]) for table in tables]) for name in Neighbours._fields]
     return Neighbours(*found)

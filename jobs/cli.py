@@ -15,12 +15,18 @@ from embedlib.errors import ConfigError, EmbedlibError
 C = TypeVar("C", bound=Config)
 
 
-def read_config(config_type: type[C], arguments: Sequence[str], default_run: Path | None = None) -> C:
+def read_config(
+    config_type: type[C], arguments: Sequence[str], default_run: Path | None = None, first: str | None = None
+) -> C:
     """The configuration of `arguments`: an optional YAML file first, then overrides, which win.
+
+    With `first`, a first word that is no option is the value of this field, and there are no YAML files.
 
     Raises ConfigError naming each key that is unknown or cannot hold its value.
     """
     overrides = list(arguments)
+    if first and overrides and not overrides[0].startswith("-"):
+        overrides.insert(0, f"--{first}")
     run = Path(overrides.pop(0)) if overrides and not overrides[0].startswith("-") else default_run
     values = read_run(run) if run else {}
     settings_type: Any = type(
@@ -31,7 +37,7 @@ def read_config(config_type: type[C], arguments: Sequence[str], default_run: Pat
             # A variable of the environment that happens to be called `seed` or `output` is no option.
             "settings_customise_sources": classmethod(lambda cls, settings_cls, init_settings, **_: (init_settings,)),
             "model_config": SettingsConfigDict(
-                cli_prog_name=f"python jobs/{Path(sys.argv[0]).name} [RUN.yaml]",
+                cli_prog_name=f"python jobs/{Path(sys.argv[0]).name} [{first.upper() if first else 'RUN.yaml'}]",
                 cli_implicit_flags=True,
                 cli_avoid_json=True,
                 cli_hide_none_type=True,
@@ -71,9 +77,11 @@ def describe(error: ValidationError) -> str:
     )
 
 
-def run_job(config_type: type[C], main: Callable[[C], Any], default_run: Path | None = None) -> None:
+def run_job(
+    config_type: type[C], main: Callable[[C], Any], default_run: Path | None = None, first: str | None = None
+) -> None:
     """Run `main` with the command line's configuration; an embedlib error ends the process with one clear line."""
     try:
-        main(read_config(config_type, sys.argv[1:], default_run))
+        main(read_config(config_type, sys.argv[1:], default_run, first))
     except EmbedlibError as error:
         sys.exit(f"{type(error).__name__}: {error}")

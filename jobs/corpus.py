@@ -67,8 +67,9 @@ from embedlib.registry_corpus import located as located_package
 from embedlib.schemas import CORPUS_SHARD, PAIRS, QUARANTINE, QUERY_PASSAGE
 from embedlib.storage import Store, user_path
 from embedlib.wheels import cache_directory
+from jobs.metrics import RunReport
 from jobs.parts import claim, content_mark, missing_parts, part_name, write_parquet
-from jobs.runtime import Progress, as_row, connect, cpu_processes, error_of
+from jobs.runtime import as_row, connect, cpu_processes, error_of
 
 SPLITS = ("train", "validation", "held_out")
 SCHEMAS = {"corpus": CORPUS_SHARD, "pairs": PAIRS, "query_passage": QUERY_PASSAGE}
@@ -230,9 +231,10 @@ def build_corpus(config: BuildConfig) -> Manifest:
     if finished := claim(output, mark, config.product):
         return finished
     earlier = earlier_corpus(config)
-    build = converted(config, output, found, earlier)
+    report = RunReport("corpus", mark, output, config.model_dump(mode="json"))
+    build = converted(config, output, report, found, earlier)
     num_parts = len(build.parts)
-    run_numbered(build, "read", refine_part, missing_parts(build.work / "rows", num_parts, ARROW), num_parts)
+    run_numbered(build, report, "read", refine_part, missing_parts(build.work / "rows", num_parts, ARROW), num_parts)
     for what, function, directory in (
         ("compare", settle_partition, "distinct"),
         *(
@@ -242,17 +244,19 @@ def build_corpus(config: BuildConfig) -> Manifest:
         ),
     ):
         missing = missing_parts(build.work / directory, build.num_partitions, ARROW)
-        run_numbered(build, what, function, missing, build.num_partitions)
+        run_numbered(build, report, what, function, missing, build.num_partitions)
     if build.settled != build.work / "distinct":
         missing = missing_parts(build.settled, build.num_partitions, ARROW)
-        run_numbered(build, "part", partial(part_partition, torn_groups(build)), missing, build.num_partitions)
+        run_numbered(build, report, "part", partial(part_partition, torn_groups(build)), missing, build.num_partitions)
     plan = plan_shards(build, config)
     indexed = missing_parts(output / "hashes", build.num_partitions, ARROW)
-    run_numbered(build, "index", partial(index_partition, plan), indexed, build.num_partitions)
+    run_numbered(build, report, "index", partial(index_partition, plan), indexed, build.num_partitions)
     waiting = [number for number, some in enumerate(plan.shards) if missing_shards(output, some)]
     first_ids = earlier.measurements["next_ids"] if earlier else [0] * len(SPLITS)
-    run_numbered(build, "write", partial(write_shards, plan, first_ids), waiting, len(plan.shards))
-    return finish(build, config, plan, mark, parents, first_ids)
+    run_numbered(build, report, "write", partial(write_shards, plan, first_ids), waiting, len(plan.shards))
+    manifest = finish(build, config, plan, mark, parents, first_ids)
+    report.finish()
+    return manifest
 
 
 def input_marks(config: BuildConfig, found: Sequence[tuple[int, Store]]) -> dict[str, str]:
@@ -301,7 +305,11 @@ def tokenizer_file(path: str) -> Path:
 
 
 def converted(
-    config: BuildConfig, output: Store, found: Sequence[tuple[int, Store]], earlier: Manifest | None
+    config: BuildConfig,
+    output: Store,
+    report: RunReport,
+    found: Sequence[tuple[int, Store]],
+    earlier: Manifest | None,
 ) -> Build:
     """The work to do, all of it found by number: files that know no rows are turned into Parquet first."""
     targets = [
@@ -312,7 +320,7 @@ def converted(
     extended = Extended(config.extends, earlier.measurements["partitions"]) if config.extends and earlier else None
     build = Build(config.model_dump(mode="json"), output, files, [], 0, extended)
     waiting = [number for number, file in enumerate(targets) if file is not files.found[number] and not file.exists()]
-    run_numbered(build, "convert", convert_file, waiting, len(targets))
+    run_numbered(build, report, "convert", convert_file, waiting, len(targets))
     parts = plan_parts(files, config.rows_per_part)
     if not parts:
         raise DataError(f"sources: none of {len(targets)} files has a row")
@@ -389,7 +397,12 @@ def plan_parts(files: Files, rows_per_part: int) -> list[Part]:
 
 
 def run_numbered(
-    build: Build, what: str, function: Callable[[Build, int], int], missing: Sequence[int], total: int
+    build: Build,
+    report: RunReport,
+    what: str,
+    function: Callable[[Build, int], int],
+    missing: Sequence[int],
+    total: int,
 ) -> None:
     """Ray Data: `function` of every missing number, which writes its file and tells how many rows that has."""
     if not missing:
@@ -409,13 +422,13 @@ def run_numbered(
         )
         .iter_rows()
     )
-    progress, finished = Progress(what, total, "pieces"), total - len(missing)
-    progress.update(finished)
+    finished = total - len(missing)
+    report.begin(what, total, "pieces", finished)
     for row in done:
         if row["error"]:
             raise error_of(row["error"])
         finished += 1
-        progress.update(finished)
+        report.update(finished)
 
 
 def run_batch(

@@ -12,10 +12,10 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,7 @@ from pydantic import Field
 
 from embedlib.artifact import MANIFEST_NAME, Manifest, fingerprint, model_fingerprint
 from embedlib.backends import load_encoder
-from embedlib.embedding import EmbeddingConfig, Prepared, TextEmbedder, prepare
+from embedlib.embedding import Computed, EmbeddingConfig, Prepared, TextEmbedder, prepare
 from embedlib.encoder import default_device
 from embedlib.errors import ArtifactError, ConfigError, DataError, EmbedlibError
 from embedlib.index import write_index
@@ -50,7 +50,7 @@ from embedlib.threads import use_cores
 from embedlib.wheels import cache_directory
 from jobs.metrics import RunReport
 from jobs.parts import claim, content_mark, missing_parts, part_name, write_parquet
-from jobs.runtime import Progress, as_row, connect, cpu_processes, error_of, num_gpus, own_errors, quiet
+from jobs.runtime import as_row, connect, cpu_processes, error_of, num_gpus, own_errors, quiet
 
 INDEX_NAME = "index.faiss"
 CALIBRATION_TEXTS = 4096
@@ -109,11 +109,46 @@ class PartStatistics(NamedTuple):
     seconds: float
 
 
+class Told(NamedTuple):
+    """What a worker tells of a part, for the run's report; sums over parts are of the same kind."""
+
+    rows: int = 0
+    """Vectors."""
+    tokens: int = 0
+    """Tokens of their texts."""
+    texts: int = 0
+    """Texts that were to be embedded."""
+    distinct: int = 0
+    """Those that were: equal ones once."""
+    computed: int = 0
+    """Tokens that this took, padding excluded."""
+    padded: int = 0
+    """The same with padding."""
+
+    @classmethod
+    def of(cls, statistics: PartStatistics, texts: int, computed: Computed) -> Self:
+        """Of one part."""
+        return cls(statistics.rows, statistics.tokens, texts, computed.texts, computed.tokens, computed.padded_tokens)
+
+    def plus(self, row: Mapping[str, Any]) -> Self:
+        """With another part's, as its row tells."""
+        return type(self)(*(value + int(row[name]) for name, value in self._asdict().items()))
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """What of it was padding, and what had not to be computed."""
+        return {
+            "padding_waste": (self.padded - self.computed) / max(self.padded, 1),
+            "cache_hits": (self.texts - self.distinct) / max(self.texts, 1),
+        }
+
+
 class EmbedPlan(NamedTuple):
     """An input to embed, as its driver knows it."""
 
     config: EmbedConfig
     output: Store
+    report: RunReport
     mark: str
     """Fingerprint of the vectors."""
     parents: dict[str, str]
@@ -162,15 +197,14 @@ class EmbedPart:
         for work, number, part in zip(batch["work"], batch["number"], batch["part"], strict=True):
             try:
                 start = time.time()  # of all machines alike
-                statistics = self.embed(int(work), int(number), Part(*json.loads(part)))
-                counts = {"rows": statistics.rows, "tokens": statistics.tokens}
-                done.append({"work": work, "error": "", "start": start, "end": time.time()} | counts)
+                told = self.embed(int(work), int(number), Part(*json.loads(part)))
+                done.append({"work": work, "error": "", "start": start, "end": time.time()} | told._asdict())
             except EmbedlibError as error:
                 # Raised here, it would be retried without end or come back as Ray's error round a traceback.
-                done.append({"work": work, "error": as_row(error), "start": 0.0, "end": 0.0, "rows": 0, "tokens": 0})
+                done.append({"work": work, "error": as_row(error), "start": 0.0, "end": 0.0} | Told()._asdict())
         return {key: np.array([row[key] for row in done]) for key in done[0]}
 
-    def embed(self, work: int, number: int, part: Part) -> PartStatistics:
+    def embed(self, work: int, number: int, part: Part) -> Told:
         """Embed one part of an input and put its file in place, after that of its quarantined rows."""
         start = time.monotonic()
         config, output = self.configs[work], Store.at(self.configs[work].output)
@@ -194,7 +228,7 @@ class EmbedPart:
             embedded.vectors[embedded.finite],
             statistics,
         )
-        return statistics
+        return Told.of(statistics, len(texts.rows), embedded.computed)
 
 
 def worker_device() -> torch.device:
@@ -271,9 +305,10 @@ def plan_embedding(config: EmbedConfig, model: str) -> EmbedPlan | Manifest:
     mark = fingerprint(**parents, **work)
     if finished := claim(output, mark, "vectors"):
         return finished
-    files = converted(files, config, output)
+    report = RunReport("embed", mark, output, config.model_dump(mode="json"))
+    files = converted(files, config, output, report)
     parts = plan_parts(files, config.columns, config.rows_per_part)
-    return EmbedPlan(config, output, mark, parents, files[0], parts, missing_parts(output, len(parts)))
+    return EmbedPlan(config, output, report, mark, parents, files[0], parts, missing_parts(output, len(parts)))
 
 
 def embed_missing(model: Path, plans: Sequence[EmbedPlan]) -> list[EmbedResult]:
@@ -299,10 +334,11 @@ def finish(plan: EmbedPlan, prepared: Prepared, texts_per_s: float) -> EmbedResu
         },
     )
     (output / MANIFEST_NAME).write(manifest.model_dump_json(indent=2).encode())
+    plan.report.finish()
     return EmbedResult(output, manifest, texts_per_s)
 
 
-def converted(files: Sequence[Store], config: EmbedConfig, output: Store) -> list[Store]:
+def converted(files: Sequence[Store], config: EmbedConfig, output: Store, report: RunReport) -> list[Store]:
     """The input as Parquet files: as it is, or, for kinds that know no rows, converted once below `output`."""
     if all(is_parquet(file) for file in files):
         return list(files)
@@ -312,14 +348,15 @@ def converted(files: Sequence[Store], config: EmbedConfig, output: Store) -> lis
         )
     targets = [output / "converted" / f"{number:06}.parquet" for number in range(len(files))]
     waiting = [(file, target) for file, target in zip(files, targets, strict=True) if not target.exists()]
-    progress = Progress("convert", len(waiting), "files")
+    if waiting:
+        report.begin("convert", len(files), "files", len(files) - len(waiting))
     remote = ray.remote(num_cpus=1)(convert_file)
     for done, result in enumerate(
         [remote.remote(file, target, config.columns.model_dump()) for file, target in waiting], 1
     ):
         with own_errors():
             ray.get(result)
-        progress.update(done)
+        report.update(len(files) - len(waiting) + done)
     return targets
 
 
@@ -407,22 +444,22 @@ def embed_parts(model: Path, plans: Sequence[EmbedPlan], prepared: Sequence[Prep
     total = sum(part.num_rows for plan in plans for part in plan.parts)
     before = total - sum(plan.parts[number].num_rows for plan in plans for number in plan.missing)
     # Several inputs are one run, told of where the first one goes.
-    report = RunReport("embed", plans[0].mark, plans[0].output, total, "texts")
-    report.update(before)
-    rows, tokens = np.zeros(len(plans)), 0
+    report = plans[0].report
+    report.begin("embed", total, "texts", before)
+    rows, told = np.zeros(len(plans)), Told()
     first, last = np.full(len(plans), np.inf), np.zeros(len(plans))
     for row in done:
         if row["error"]:
             raise error_of(row["error"])
         work = row["work"]
-        rows[work], tokens = rows[work] + row["rows"], tokens + int(row["tokens"])
+        rows[work], told = rows[work] + row["rows"], told.plus(row)
         first[work], last[work] = min(first[work], row["start"]), max(last[work], row["end"])
-        expected = tokens / max(rows.sum(), 1) * (total - before)
-        tokens_per_s = tokens / (last.max() - first.min())
+        expected = told.tokens / max(told.rows, 1) * (total - before)
+        tokens_per_s = told.tokens / (last.max() - first.min())
         report.update(
-            min(before + int(rows.sum()), total),
-            f"{tokens:,} of about {expected:,.0f} tokens · {tokens_per_s:,.0f} tokens/s",
-            {"tokens_per_second": tokens_per_s},
+            min(before + told.rows, total),
+            f"{told.tokens:,} of about {expected:,.0f} tokens · {tokens_per_s:,.0f} tokens/s",
+            {"tokens_per_second": tokens_per_s} | told.shares,
         )
     return [float(rate) for rate in np.where(rows > 0, rows / np.maximum(last - first, 1e-9), 0.0)]
 

@@ -64,10 +64,12 @@ from embedlib.evaluation.tasks import KINDS, TaskConfig, load_task, task_mark
 from embedlib.metrics import Vectors
 from embedlib.model_directory import read_prompts
 from embedlib.pretrained import pretrained_directory
+from embedlib.storage import Store
 from embedlib.threads import use_cores
 from embedlib.wheels import cache_directory
 from jobs.embed import worker_device
-from jobs.runtime import Progress, artifacts_directory, connect, cpu_processes, num_gpus, quiet
+from jobs.metrics import RunReport
+from jobs.runtime import artifacts_directory, connect, cpu_processes, num_gpus, quiet
 
 SAMPLE_TEXTS = 2000
 SPEED_TEXTS = 750
@@ -169,6 +171,16 @@ class Unit(NamedTuple):
         return GROUPS.get(self.type, self.type.lower())
 
 
+class Scored(NamedTuple):
+    """What came of a model on a task."""
+
+    result: list[Score] | Failure
+    texts: int = 0
+    """Texts whose vectors the task asked for."""
+    kept: int = 0
+    """Those that had one already."""
+
+
 class Sample(NamedTuple):
     """Texts without labels that the models are compared on."""
 
@@ -188,17 +200,20 @@ class Scorer:
         self.dtype = torch_dtype(dtype, self.device)
         self.encoders: dict[str, CachedEncoder] = {}
 
-    def score(self, model: Model, unit: Unit) -> list[Score] | Failure:
+    def score(self, model: Model, unit: Unit) -> Scored:
         """The model's scores on the task, or why there are none; whatever goes wrong ends this task alone."""
         try:
+            encoder = self._encoder(model)
+            encoder.texts = encoder.kept = 0
             task = (
                 hub_task(unit)
                 if unit.config is None
                 else load_task(unit.name, TaskConfig.model_validate(unit.config), Path(unit.root))
             )
-            return evaluate_task(self._encoder(model), task, scores_directory(model, unit))
+            scores = evaluate_task(encoder, task, scores_directory(model, unit))
         except Exception as error:  # mteb's tasks run code of many hands
-            return failure_of(model.name, unit.name, error)
+            return Scored(failure_of(model.name, unit.name, error))
+        return Scored(scores, encoder.texts, encoder.kept)
 
     def embed(self, model: Model, texts: Sequence[str]) -> Vectors | Failure:
         """Vectors of texts without labels, both sides of a symmetric task, or why there are none."""
@@ -349,10 +364,13 @@ def scorers(config: EvaluateConfig, work: int) -> list[Any]:
     return [remote.remote(config.dtype) for _ in range(max(1, min(size, work)))]
 
 
-def score_all(actors: Sequence[Any], models: Sequence[Model], units: Sequence[Unit]) -> Iterator[list[Score] | Failure]:
+def score_all(
+    actors: Sequence[Any], models: Sequence[Model], units: Sequence[Unit], report: RunReport
+) -> Iterator[list[Score] | Failure]:
     """Every model's scores on every task, as they come; a model's tasks follow each other, and it is loaded once."""
     work = [(model, unit) for model in models for unit in units]
-    progress = Progress("evaluate", len(work), "tasks")
+    report.begin("evaluate", len(work), "tasks")
+    texts = kept = 0
     idle, waiting = list(actors), deque(work)
     running: dict[Any, tuple[Any, Model, Unit]] = {}
     while waiting or running:
@@ -362,11 +380,15 @@ def score_all(actors: Sequence[Any], models: Sequence[Model], units: Sequence[Un
         (ready,), _ = ray.wait(list(running))
         actor, model, unit = running.pop(ready)
         idle.append(actor)
-        result: list[Score] | Failure = outcome(ready, model, unit.name)
-        progress.update(
-            len(work) - len(waiting) - len(running), f"{unit.name}{' failed' if isinstance(result, Failure) else ''}"
+        found: Scored | Failure = outcome(ready, model, unit.name)
+        scored = Scored(found) if isinstance(found, Failure) else found
+        texts, kept = texts + scored.texts, kept + scored.kept
+        report.update(
+            len(work) - len(waiting) - len(running),
+            f"{unit.name}{' failed' if isinstance(scored.result, Failure) else ''}",
+            {"cache_hits": kept / texts} if texts else {},
         )
-        yield result
+        yield scored.result
 
 
 def outcome(reference: Any, model: Model, what: str) -> Any:
@@ -472,13 +494,13 @@ def machine_of(node: str | None) -> dict[str, Any]:
 
 
 def measure_models(
-    models: Sequence[Model], texts: Sequence[str], config: EvaluateConfig, node: str | None
+    models: Sequence[Model], texts: Sequence[str], config: EvaluateConfig, node: str | None, report: RunReport
 ) -> dict[str, Footprint | Failure]:
     """Size and speed of each model, measured in turns: a machine that slows down or is shared does so for all."""
     remote = ray.remote(num_cpus=1, num_gpus=1 if num_gpus() else 0, max_calls=1, label_selector=only_on(node))(
         measure_on_worker
     )
-    progress = Progress("speed", SPEED_RUNS * len(models), "runs")
+    report.begin("speed", SPEED_RUNS * len(models), "runs")
     runs: dict[str, list[Footprint]] = {model.name: [] for model in models}
     failures: dict[str, Footprint | Failure] = {}
     for turn in range(SPEED_RUNS):
@@ -489,7 +511,7 @@ def measure_models(
                     failures[model.name] = found
                 else:
                     runs[model.name].append(found)
-            progress.update(turn * len(models) + place, model.name)
+            report.update(turn * len(models) + place, model.name)
     whole = {name: found for name, found in runs.items() if name not in failures}
     return failures | {name: middle_of(found, config.price_per_hour) for name, found in whole.items()}
 
@@ -544,9 +566,10 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     if finished and finished.fingerprint == mark and len(finished.failures) == len(failures):
         write_cards(config, models, finished)
         return finished  # a task that failed while it ran is tried again
+    report = RunReport("evaluate", mark, Store.at(str(config.directory)), config.model_dump(mode="json"))
     actors = scorers(config, len(models) * len(units))
     scores: list[Score] = []
-    for result in score_all(actors, models, units):
+    for result in score_all(actors, models, units, report):
         if isinstance(result, Failure):
             failures.append(result)
         else:
@@ -571,7 +594,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     for actor in actors:
         ray.kill(actor)  # speed is measured alone
     if sample.texts and config.speed:
-        measured = measure_models(models, sample.texts[:SPEED_TEXTS], config, node)
+        measured = measure_models(models, sample.texts[:SPEED_TEXTS], config, node, report)
         footprints = without_failures(measured, failures)
     drift = without_failures(compare_texts(vectors, baseline, sample), failures)
     card = make_scorecard(scores, list(config.models), baseline)
@@ -594,6 +617,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     write_evaluation(evaluation, plots, config.directory)
     write_mteb_results(config.directory, models, units)
     write_cards(config, models, evaluation)
+    report.finish()
     return evaluation
 
 

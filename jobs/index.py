@@ -31,8 +31,9 @@ from embedlib.shard import checked
 from embedlib.sources import Part
 from embedlib.storage import Store, user_path
 from embedlib.topk import recall
+from jobs.metrics import RunReport
 from jobs.parts import claim
-from jobs.runtime import Progress, connect, own_errors
+from jobs.runtime import connect, own_errors
 from jobs.shards import (
     RECALL_AT,
     check_vectors,
@@ -102,9 +103,12 @@ def build(config: IndexConfig) -> Manifest:
             parts = [part for piece in pieces for part in piece]
             ray.get(ray.remote(num_cpus=1)(train_on_worker).remote(parts, factory, trained, None))
     read_inverted(trained)  # before the work, a kind that cannot be merged is refused
-    indexed = index_pieces(pieces, trained, home / "work", config.first_id)
+    report = RunReport("index", mark, output, config.model_dump(mode="json"))
+    indexed = index_pieces(pieces, trained, home / "work", config.first_id, report)
     merge_indexes(trained, indexed, home / INDEX_NAME, Path(config.base) / INDEX_NAME if config.base else None)
     measured = measure(config, sources, home / INDEX_NAME) if config.min_recall else {}
+    if measured:
+        report.measure({"recall": measured["recall_at_10"]})
     shutil.rmtree(home / "work")
     manifest = Manifest(
         kind="index",
@@ -114,6 +118,7 @@ def build(config: IndexConfig) -> Manifest:
         measurements={"vectors": len(ids), "sources": sources} | measured,
     )
     (output / MANIFEST_NAME).write(manifest.model_dump_json(indent=2).encode())
+    report.finish()
     return manifest
 
 
@@ -148,7 +153,9 @@ def write_ids(config: IndexConfig, files: Sequence[Path], home: Path) -> npt.NDA
     return ids
 
 
-def index_pieces(pieces: Sequence[Sequence[Part]], trained: Path, work: Path, first_id: int) -> list[Path]:
+def index_pieces(
+    pieces: Sequence[Sequence[Part]], trained: Path, work: Path, first_id: int, report: RunReport
+) -> list[Path]:
     """The index files of all pieces, those that are missing made by tasks."""
     # With their number: a rerun may cut otherwise.
     paths = [work / f"piece-{number:04}-of-{len(pieces):04}.faiss" for number in range(len(pieces))]
@@ -159,13 +166,12 @@ def index_pieces(pieces: Sequence[Sequence[Part]], trained: Path, work: Path, fi
         for piece, path in zip(pieces, paths, strict=True)
         if not path.exists()
     ]
-    progress = Progress("index", len(pieces), "pieces")
-    progress.update(len(pieces) - len(waiting))
+    report.begin("index", len(pieces), "pieces", len(pieces) - len(waiting))
     while waiting:
         done, waiting = ray.wait(waiting)
         with own_errors():
             ray.get(done)
-        progress.update(len(pieces) - len(waiting))
+        report.update(len(pieces) - len(waiting))
     return paths
 
 

@@ -84,8 +84,10 @@ class CrossJudge:
 
     def __init__(self, scorer: Any, kept: Path, plan: ShardPlan, shards: Sequence[Any], positives: Shard) -> None:
         """`scorer` scores pairs of texts; what it said is kept in the directory `kept`, a part a block."""
-        self.scorer, self.kept = scorer, Store.at(str(kept))
+        self.scorer, self.notes = scorer, Store.at(str(kept))
         self.plan, self.shards, self.positives = plan, shards, positives
+        self.asked = self.kept = 0
+        """Pairs to score so far, and those whose score was there."""
 
     def of_positives(self, block: Block, owned: Rows) -> Scores:
         """Scores (queries, n) of positives by their positions."""
@@ -104,7 +106,7 @@ class CrossJudge:
         self, block: Block, keys: npt.NDArray[np.uint64], there: npt.NDArray[np.bool_], passages: Sequence[str]
     ) -> Scores:
         """Scores (queries, n) of the passages of these `keys` that are `there`, whose texts are `passages`."""
-        note = self.kept / part_name(block.number)
+        note = self.notes / part_name(block.number)
         scored: dict[int, float] = {}
         if note.exists():
             known = pq.read_table(note.path)
@@ -113,6 +115,7 @@ class CrossJudge:
         queries = block.queries["text"].take(pa.array(np.nonzero(there)[0])).to_pylist()
         texts = dict(zip(pairs, zip(queries, passages, strict=True), strict=True))
         missing = [pair for pair in texts if pair not in scored]
+        self.asked, self.kept = self.asked + len(texts), self.kept + len(texts) - len(missing)
         if missing:
             scored |= zip(missing, self.scorer([texts[pair] for pair in missing]).tolist(), strict=True)
             columns = {"pair": pa.array(scored, pa.uint64()), "score": pa.array(scored.values(), pa.float32())}

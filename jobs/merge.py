@@ -25,9 +25,11 @@ from embedlib.merging import SelfPositioning, Weights, linear, slerp, task_arith
 from embedlib.model_directory import read_prompts, trained_dimensions, write_trained_dimensions
 from embedlib.objective import InfoNCEConfig, ObjectiveConfig
 from embedlib.pretrained import pretrained_directory
+from embedlib.storage import Store
 from embedlib.training import OptimizerConfig
 from embedlib.training_texts import TrainingData
-from jobs.runtime import Progress, artifacts_directory, connect
+from jobs.metrics import RunReport
+from jobs.runtime import artifacts_directory, connect
 from jobs.train import TrainConfig, make_dataset, make_texts
 
 TOKENIZER, POOLING = "tokenizer.json", "1_Pooling/config.json"
@@ -133,18 +135,20 @@ def merge(config: MergeConfig) -> Path:
     base = weights_of(base_directory) if base_directory else None
     require_same_shapes(every, [*models, *([base] if base else [])])
     parents = {f"model_{number}": each for number, each in enumerate(marks)}
+    report = RunReport("merge", mark, Store.at(str(config.directory)), config.model_dump(mode="json"))
     with new_artifact(target, "model", mark, parents=parents, config=config.model_dump(mode="json")) as (
         scratch,
         found,
     ):
         if probe:
             samples = ContrastiveSet.open(probe)
-            merged, found["weights"] = self_positioned(config, every[-1], base or {}, models, samples)
+            merged, found["weights"] = self_positioned(config, every[-1], base or {}, models, samples, report)
         else:
             merged = combined(config, base or {}, models)
         write_trained(scratch, every[-1], merged)
         # Only what every model was trained for holds of what they make up.
         write_trained_dimensions(scratch, set.intersection(*(set(trained_dimensions(each)) for each in directories)))
+    report.finish()
     return target
 
 
@@ -175,7 +179,12 @@ def make_probe(config: MergeConfig, base: Path) -> Path:
 
 
 def self_positioned(
-    config: MergeConfig, base_directory: Path, base: Weights, models: Sequence[Weights], probe: ContrastiveSet
+    config: MergeConfig,
+    base_directory: Path,
+    base: Weights,
+    models: Sequence[Weights],
+    probe: ContrastiveSet,
+    report: RunReport,
 ) -> tuple[Weights, list[float]]:
     """Weights after the search, and the merge weights it found."""
     training = config.probe.training
@@ -183,10 +192,10 @@ def self_positioned(
     state = start_contrast(model, probe, training)
     optimizer = SelfPositioning(dict(model.named_parameters()), base, models, training.optimizer.learning_rate)
     state.optimizer = optimizer
-    progress = Progress("position", state.total_steps, "steps")
+    report.begin("position", state.total_steps, "steps")
     for step in contrast(state, probe, training):
         at = ", ".join(f"{weight:.3f}" for weight in optimizer.weights.tolist())
-        progress.update(step.step, f"loss {step.result.loss:.4f} · weights {at}")
+        report.update(step.step, f"loss {step.result.loss:.4f} · weights {at}", {"loss": step.result.loss})
     return dict(model.state_dict()), optimizer.weights.tolist()
 
 

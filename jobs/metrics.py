@@ -1,7 +1,9 @@
-"""What a run tells of itself while it goes on: lines, Ray's Prometheus endpoint, TensorBoard, a note beside its output.
+"""What a run tells of itself while it goes on: lines, Ray's Prometheus endpoint, TensorBoard, MLflow, a note beside its
+output.
 
     EMBEDLIB_LOG=json            every line as JSON, with the ids of run and job
     EMBEDLIB_TENSORBOARD=DIR     scalars below DIR, a directory a run
+    EMBEDLIB_MLFLOW=URI          configuration and metrics to an MLflow tracking server, or into a directory
 
 These are variables of the environment and no options of a job, because they decide nothing of what is made.
 """
@@ -9,31 +11,35 @@ These are variables of the environment and no options of a job, because they dec
 import json
 import os
 import time
+import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import lru_cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from threading import Event, Lock, Thread
+from typing import Any, NamedTuple, Protocol
 
 import ray
 from ray.util.metrics import Counter, Gauge
 
 from embedlib.errors import ArtifactError
-from embedlib.storage import Store
-from jobs.runtime import Progress
+from embedlib.storage import Store, user_path
+from jobs.runtime import format_seconds
 
 NOTE = ".run.json"
 """In the directory of what is made: how far its run is. `jobs/status.py` reads it."""
-NOTE_EVERY_S = 5.0
+NOTE_EVERY_S = 10.0
+LINE_EVERY_S = 10.0
 MAX_RUN_ID = 12
 
 GAUGES = {
-    "progress": "Share of the run that is done.",
-    "seconds_left": "Time that is left at the rate so far.",
+    "progress": "Share of the stage that is done.",
+    "seconds_left": "Time that is left of the stage at the rate so far.",
     "loss": "Mean loss since the record before.",
     "validation": "The latest validation; higher is better.",
     "tokens_per_second": "Tokens of texts, padding excluded, that all processes of the run compute a second.",
+    "padding_waste": "Share of padding in the tokens that models compute; batches laid end to end have none.",
+    "cache_hits": "Share of the texts, or of a judge's pairs, not computed: an equal one was, or they were kept.",
     "recall": "Share of the true ten nearest rows that an approximate index finds.",
 }
 COUNTERS = {
@@ -41,7 +47,7 @@ COUNTERS = {
     "reused": "Steps, texts or blocks that were found done by an earlier run.",
 }
 # Not `job`: Prometheus calls by that name where it has scraped them.
-LABELS = ("task", "run")
+LABELS = ("task", "stage", "run")
 
 
 class Instruments(NamedTuple):
@@ -60,67 +66,166 @@ def instruments() -> Instruments:
     )
 
 
-class RunReport:
-    """How far one run of a job is, told in every way that was asked for."""
+class Board(Protocol):
+    """Who keeps scalars of a run: TensorBoard's writer, or one of its shape."""
 
-    def __init__(self, job: str, mark: str, directory: Store, total: int, unit: str) -> None:
-        """`mark`: fingerprint of what is made, whose beginning is the run's id and stays when it is resumed."""
-        self.job, self.run, self.directory = job, mark[:MAX_RUN_ID], directory
-        self.total, self.unit = total, unit
-        self.progress = Progress(job, total, unit)
-        self.tags = {"task": job, "run": self.run}
-        self.done: int | None = None
-        self.noted = 0.0
-        self.scalars = scalar_writer(job, self.run)
+    def add_scalar(self, name: str, value: float, step: int) -> object:
+        """Take one."""
+        ...
+
+    def flush(self) -> object:
+        """Put what was taken where others see it."""
+        ...
+
+    def close(self) -> object:
+        """The run has ended."""
+        ...
+
+
+class RunReport:
+    """How far one run of a job is, told in every way that was asked for.
+
+    A run has one stage or several, one after another. While its process lives, it leaves word of it now and then: an
+    old note is one of a run that has died.
+    """
+
+    def __init__(self, job: str, mark: str, directory: Store, config: Mapping[str, Any]) -> None:
+        """`mark`: fingerprint of what is made, whose beginning is the run's id and stays when it is resumed.
+
+        `config` is what MLflow is told, and holds no secrets. Nothing is told before the first stage begins.
+        """
+        self.job, self.mark, self.directory, self.config = job, mark, directory, config
+        self.run = mark[:MAX_RUN_ID]
+        self.stage, self.done, self.updated, self.finished = "", 0, 0.0, False
+        self.measured: dict[str, float] = {}
+        self.boards: list[Board] = []
+        self.writing, self.over = Lock(), Event()
+
+    def begin(self, stage: str, total: int, unit: str, done: int = 0) -> None:
+        """A stage begins, `done` of whose total are done already."""
+        is_first = not self.stage
+        if is_first:
+            self.boards = boards_of(self)
+        self.stage, self.total, self.unit, self.done, self.measured = stage, total, unit, done, {}
+        self.tags = {"task": self.job, "stage": stage, "run": self.run}
+        self.progress = Progress(stage, total, unit, done)
+        if done:
+            instruments().counters["reused"].inc(done, self.tags)
+        self.update(done)
+        if is_first:
+            Thread(target=keep_telling, args=(weakref.ref(self), self.over), daemon=True).start()
 
     def update(self, done: int, note: str = "", values: Mapping[str, float] | None = None) -> None:
-        """Say that `done` of the total are done, and what was measured on the way, by names of GAUGES.
-
-        The first call says what an earlier run had done.
-        """
-        gauges, counters = instruments()
-        if done > (self.done or 0):
-            counters["reused" if self.done is None else "steps"].inc(done - (self.done or 0), self.tags)
-        self.done = done
-        line = self.progress.line(done, note)
-        measured = {"progress": done / max(self.total, 1), "seconds_left": self.progress.seconds_left(done)}
-        measured |= values or {}
-        for name, value in measured.items():
-            if value is not None:
-                gauges[name].set(value, self.tags)
-                if self.scalars:
-                    self.scalars.add_scalar(name, value, done)
+        """Say that `done` of the stage's total are done, and what was measured on the way, by names of GAUGES."""
+        if done > self.done:
+            instruments().counters["steps"].inc(done - self.done, self.tags)
+        line, left = self.progress.line(done, note), self.progress.seconds_left(done)
+        self.done, self.updated = done, time.monotonic()
+        told = {"progress": done / max(self.total, 1)} | ({} if left is None else {"seconds_left": left})
+        told |= values or {}
+        self.measure(told)
         if line:
-            print(json.dumps(self.record(measured)) if os.environ.get("EMBEDLIB_LOG") == "json" else line, flush=True)
-        self.write_note(measured)
+            print(json.dumps(self.record(told)) if os.environ.get("EMBEDLIB_LOG") == "json" else line, flush=True)
 
-    def record(self, measured: Mapping[str, float | None]) -> dict[str, Any]:
+    def measure(self, values: Mapping[str, float]) -> None:
+        """Say what was measured, by names of GAUGES."""
+        self.measured = {**self.measured, **values}
+        prefix = "" if self.stage == self.job else f"{self.stage}/"
+        for name, value in values.items():
+            instruments().gauges[name].set(value, self.tags)
+            for board in self.boards:
+                board.add_scalar(prefix + name, value, self.done)
+
+    def finish(self) -> None:
+        """All is done, though it be less than was thought."""
+        if not self.stage:
+            return
+        self.over.set()
+        instruments().gauges["progress"].set(1.0, self.tags)
+        instruments().gauges["seconds_left"].set(0.0, self.tags)
+        self.finished = True
+        self.write()
+        for board in self.boards:
+            board.close()
+
+    def record(self, measured: Mapping[str, float]) -> dict[str, Any]:
         """A line of the log for machines."""
         return {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "job": self.job,
+            "stage": self.stage,
             "run": self.run,
-            "ray_job": ray.get_runtime_context().get_job_id(),
+            "ray_job": ray.get_runtime_context().get_job_id() if ray.is_initialized() else None,
             "done": self.done,
             "total": self.total,
             "unit": self.unit,
             **measured,
         }
 
-    def write_note(self, measured: Mapping[str, float | None]) -> None:
-        """Leave word in the directory, now and then and at the end."""
-        now = time.monotonic()
-        if now - self.noted < NOTE_EVERY_S and self.done != self.total:
+    def write(self) -> None:
+        """Leave word in the directory, and let the boards show what they have."""
+        with self.writing:
+            left = self.measured.get("seconds_left")
+            since = time.monotonic() - self.updated
+            note = self.record(self.measured) | {
+                "seconds_left": None if left is None else max(0.0, left - since),
+                "finished": self.finished,
+            }
+            with suppress(ArtifactError):  # a full disk is for those to tell who write what matters
+                (self.directory / NOTE).write_json(note)
+            for board in self.boards:
+                board.flush()
+
+
+def keep_telling(report: "weakref.ref[RunReport]", over: Event) -> None:
+    """Leave word at once and then now and then, until the run is over or nobody holds its report any more."""
+    while (alive := report()) is not None:
+        alive.write()
+        del alive
+        if over.wait(NOTE_EVERY_S):
             return
-        self.noted = now
-        with suppress(ArtifactError):  # a full disk is for those to tell who write what matters
-            (self.directory / NOTE).write_json(self.record(measured))
 
 
-def scalar_writer(job: str, run: str) -> Any:
-    """TensorBoard's writer of a run, where one was asked for."""
-    if not (directory := os.environ.get("EMBEDLIB_TENSORBOARD")):
-        return None
-    from tensorboardX import SummaryWriter  # not above: few runs want it
+class Progress:
+    """How far, how fast and the time left; in lines, because a submitted job has no terminal."""
 
-    return SummaryWriter(str(Path(directory) / f"{job}-{run}"), flush_secs=10)
+    def __init__(self, what: str, total: int, unit: str, first: int) -> None:
+        """`first` of the total were done before the clock started."""
+        self.what, self.total, self.unit, self.first = what, total, unit, first
+        self.start = self.last = time.monotonic()
+
+    def line(self, done: int, note: str = "") -> str | None:
+        """What there is to say: nothing where the last line is not old enough, and not all is done."""
+        now = time.monotonic()
+        if now - self.last < LINE_EVERY_S and done < self.total:
+            return None
+        self.last = now
+        left = self.seconds_left(done)
+        return (
+            f"{self.what}: {100 * done / max(self.total, 1):3.0f}% · {done:,}/{self.total:,} {self.unit} · "
+            f"{self.rate(done):,.1f} {self.unit}/s · {'?' if left is None else format_seconds(left)} left"
+            f"{' · ' + note if note else ''}"
+        )
+
+    def rate(self, done: int) -> float:
+        """Units a second since the clock started."""
+        return (done - self.first) / max(time.monotonic() - self.start, 1e-9)
+
+    def seconds_left(self, done: int) -> float | None:
+        """Time for the rest at the rate so far, where there is one."""
+        rate = self.rate(done)
+        return (self.total - done) / rate if rate else None
+
+
+def boards_of(report: RunReport) -> list[Board]:
+    """Those that were asked for, each with a place of its own for the run."""
+    found: list[Board] = []
+    if directory := os.environ.get("EMBEDLIB_TENSORBOARD"):
+        from tensorboardX import SummaryWriter  # not above: few runs want it
+
+        found.append(SummaryWriter(f"{user_path(directory)}/{report.job}-{report.run}", flush_secs=10))
+    if uri := os.environ.get("EMBEDLIB_MLFLOW"):
+        from jobs.mlflow_run import MlflowRun
+
+        found.append(MlflowRun.open(uri, report.job, report.mark, report.config))
+    return found

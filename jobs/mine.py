@@ -141,10 +141,10 @@ def mine(config: MineConfig) -> MineResult:
         return MineResult(Path(output.path), finished)
     pairs = read_pairs(config.pairs, config.columns, config.max_characters)
     plan = prepare(config, model, pairs, Path(output.path), judge)
-    shards = start_shards(plan.shards)
+    report = RunReport("mine", mark, output, config.model_dump(mode="json"))
+    shards = start_shards(plan.shards, report)
     searched, measured = gated(plan.shards, shards, sample_queries(plan, config.search.recall_queries))
     plan = plan._replace(shards=searched)
-    report = RunReport("mine", mark, output, plan.num_blocks, "blocks")
     mine_blocks(plan, shards, missing_parts(output, plan.num_blocks), report, measured.get("recall_at_10"))
     if config.search.merged:
         directories = [searched.directory(number) for number in range(len(shards))]
@@ -161,6 +161,7 @@ def mine(config: MineConfig) -> MineResult:
         | measured,
     )
     (output / MANIFEST_NAME).write(manifest.model_dump_json(indent=2).encode())
+    report.finish()
     return MineResult(Path(output.path), manifest)
 
 
@@ -363,17 +364,21 @@ def mine_blocks(
 ) -> None:
     """Mine the blocks that are missing; `recall` is what the index was measured to find."""
     measured = {} if recall is None else {"recall": recall}
-    report.update(plan.num_blocks - len(missing), values=measured)
+    report.begin("mine", plan.num_blocks, "blocks", plan.num_blocks - len(missing))
+    report.measure(measured)
     remote = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=RETRIES, scheduling_strategy="SPREAD")(Miner)
     # One more than there are nodes: while a block is chosen from, the shards search the next.
     miners = ActorPool([remote.remote(plan, shards) for _ in range(min(len(missing), len(ray.nodes()) + 1))])
     for number in missing:
         miners.submit(lambda miner, block: miner.mine.remote(block), number)
-    negatives = 0
+    sums: Counter[str] = Counter()
     for done in range(1, len(missing) + 1):
         with own_errors():
-            negatives += miners.get_next_unordered()["negatives"]
-        report.update(plan.num_blocks - len(missing) + done, f"{negatives:,} negatives", measured)
+            found = miners.get_next_unordered()
+        sums.update({name: found[name] for name in ("negatives", "judged", "kept")})
+        if sums["judged"]:
+            measured["cache_hits"] = sums["kept"] / sums["judged"]
+        report.update(plan.num_blocks - len(missing) + done, f"{sums['negatives']:,} negatives", measured)
 
 
 def totals(output: Store, num_blocks: int) -> dict[str, Any]:

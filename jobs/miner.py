@@ -76,7 +76,11 @@ class Miner:
         return CrossJudge(scorer, Path(self.plan.judged), self.plan.shards, self.shards, self.positives)
 
     def mine(self, number: int) -> dict[str, Any]:
-        """Mine block `number` and put its part file in place; give back what it holds."""
+        """Mine block `number` and put its part file in place; give back what it holds.
+
+        `judged` are the pairs that a cross-encoder was to score for it, `kept` those whose score was there.
+        """
+        asked_before = self.scores_asked()
         block = read_queries(self.plan, number)
         vectors = vectors_of(block["vector"]).astype(np.float32)
         owned = self.owned(block["id"].to_numpy())
@@ -88,7 +92,13 @@ class Miner:
         drawn = np.zeros(chosen.rows.shape, np.bool_)
         if self.rule.short == "random":
             chosen, drawn = self.filled(chosen, queries, vectors, asked)
-        return self.write(number, block, owned, queries, chosen, drawn, rejected)
+        asked_for, kept = np.subtract(self.scores_asked(), asked_before).tolist()
+        written = self.write(number, block, owned, queries, chosen, drawn, rejected)
+        return written | {"judged": asked_for, "kept": kept}
+
+    def scores_asked(self) -> tuple[int, int]:
+        """Pairs that the cross-encoder was to score so far, and those of them whose score was there."""
+        return (self.judge.asked, self.judge.kept) if isinstance(self.judge, CrossJudge) else (0, 0)
 
     def chosen(self, asked: Block, queries: Queries, vectors: npt.NDArray[np.float32]) -> Selection:
         """The negatives (queries, max_negatives) of a block; queries with many positives go few at a time."""

@@ -1,11 +1,10 @@
-"""What every job needs of Ray and of the terminal: a cluster to run on, quiet logs, progress with the time left."""
+"""What every job needs of Ray and of the terminal: a cluster to run on, quiet logs, errors in one line."""
 
 import json
 import logging
 import os
 import secrets
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,47 +124,6 @@ def error_of(row: str) -> EmbedlibError:
     problem = json.loads(row)
     error: EmbedlibError = getattr(errors, problem["kind"])(problem["message"])
     return error
-
-
-class Progress:
-    """Says now and then how far, how fast and the time left; in lines, because a submitted job has no terminal."""
-
-    def __init__(self, what: str, total: int, unit: str, every_s: float = 10.0) -> None:
-        self.what, self.total, self.unit, self.every_s = what, total, unit, every_s
-        self.start = self.last = time.monotonic()
-        self.first: int | None = None
-
-    def update(self, done: int, note: str = "") -> None:
-        """Print that `done` of the total are done, if the last line is old enough or all is done."""
-        if line := self.line(done, note):
-            print(line, flush=True)
-
-    def line(self, done: int, note: str = "") -> str | None:
-        """What there is to say, if anything.
-
-        The clock starts with the first call, so that loading a model does not count as slowness.
-        """
-        now = time.monotonic()
-        if self.first is None:
-            self.first, self.start, self.last = done, now, now
-        if now - self.last < self.every_s and done < self.total:
-            return None
-        self.last = now
-        left = self.seconds_left(done)
-        return (
-            f"{self.what}: {100 * done / max(self.total, 1):3.0f}% · {done:,}/{self.total:,} {self.unit} · "
-            f"{self.rate(done):,.1f} {self.unit}/s · {'?' if left is None else format_seconds(left)} left"
-            f"{' · ' + note if note else ''}"
-        )
-
-    def rate(self, done: int) -> float:
-        """Units a second since the first call."""
-        return (done - (self.first or 0)) / max(time.monotonic() - self.start, 1e-9)
-
-    def seconds_left(self, done: int) -> float | None:
-        """Time for the rest at the rate so far, where there is one."""
-        rate = self.rate(done)
-        return (self.total - done) / rate if rate else None
 
 
 def format_seconds(seconds: float) -> str:

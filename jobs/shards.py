@@ -27,8 +27,9 @@ from embedlib.shard import Chunk, Shard, build_shard
 from embedlib.sources import Part
 from embedlib.storage import Store
 from embedlib.topk import Hits, merge, recall
+from jobs.metrics import RunReport
 from jobs.parts import is_part
-from jobs.runtime import Progress, own_errors, present_gpus
+from jobs.runtime import own_errors, present_gpus
 
 # Below this many rows brute force is quick, and exact.
 EXACT_ROWS = 1_000_000
@@ -363,7 +364,7 @@ def sample(parts: Sequence[Part], num_rows: int) -> npt.NDArray[np.float32]:
     return np.concatenate(found).astype(np.float32)
 
 
-def start_shards(plan: ShardPlan) -> list[Any]:
+def start_shards(plan: ShardPlan, report: RunReport) -> list[Any]:
     """The shards' actors, spread over the nodes, each with its share of a node's cores; ready to search.
 
     Only as many are built at a time as there are cores, since one that is built holds its whole index in memory.
@@ -379,7 +380,7 @@ def start_shards(plan: ShardPlan) -> list[Any]:
     )
     actor: Any = remote(IndexShard)
     shards = [actor.remote(plan, number, threads) for number in range(len(plan.chunks))]
-    progress = Progress("index", len(shards), "shards")
+    report.begin("index", len(shards), "shards")
     ready, building, coming = 0, list[Any](), iter(shards)
     while ready < len(shards):
         building += [shard.num_rows.remote() for shard in islice(coming, cores // threads - len(building))]
@@ -387,7 +388,7 @@ def start_shards(plan: ShardPlan) -> list[Any]:
         with own_errors():
             ray.get(done)
         ready += len(done)
-        progress.update(ready)
+        report.update(ready)
     return shards
 
 

@@ -1,18 +1,17 @@
-"""What runs have made, are making or have left unfinished: `python jobs/status.py [--directory artifacts]`.
+"""What runs have made, are making or have left unfinished: `python jobs/status.py [artifacts | s3://bucket/artifacts]`.
 
-It reads what lies on disk alone: manifests, the notes that running jobs leave, and recipe.json. So it needs no cluster
-and tells of dead ones, too.
+It reads what lies in that directory alone: manifests, the notes that running jobs leave, and recipe.json. So it needs
+no cluster and tells of dead ones, too.
 """
 
 from jobs.cli import run_job  # isort: skip (takes jobs/ off sys.path before any library is imported)
 
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from pyarrow.fs import FileInfo, FileType
 from pydantic import Field
 from rich.console import Console
 from rich.table import Table
@@ -20,8 +19,9 @@ from rich.table import Table
 from embedlib.artifact import MANIFEST_NAME
 from embedlib.config import Config
 from embedlib.errors import DataError
+from embedlib.storage import Store, user_path
 from jobs.metrics import MAX_RUN_ID, NOTE
-from jobs.parts import CLAIM
+from jobs.parts import CLAIM, is_part
 from jobs.runtime import artifacts_directory, format_seconds
 
 STATE = "recipe.json"
@@ -30,13 +30,18 @@ RECIPE_STATES = {"made": "done", "was there": "done", "running": "begun"}
 SKIPPED = {"ray", "log", "converted", "quarantine", "judged"}
 
 
+def usual_directory() -> str:
+    """Where jobs keep their output."""
+    return str(artifacts_directory())
+
+
 class StatusConfig(Config):
     """Which runs."""
 
-    directory: Path = Field(default_factory=artifacts_directory)
-    """Directory of runs; none: $EMBEDLIB_ARTIFACTS, else ./artifacts."""
+    directory: str = Field(default_factory=usual_directory)
+    """Directory of runs, here or in an object store; none: $EMBEDLIB_ARTIFACTS, else ./artifacts."""
     silent_s: float = Field(default=120.0, gt=0)
-    """A run that has left no word for so long is taken to have stopped."""
+    """A run that has left no word for so long has stopped: while its process lives it does so every few seconds."""
 
 
 class Stage(NamedTuple):
@@ -48,121 +53,164 @@ class Stage(NamedTuple):
     run: str
     """Beginning of the fingerprint of what is made."""
     state: str
-    """done, running, stopped, or begun: by a job that has told nothing yet; of a recipe's stage also waits, failed and
-    left out."""
+    """done, running, stopped, or begun: claimed by a job that has told nothing yet; of a recipe's stage also waits, failed
+    and left out; of a recipe running, failed, or idle where no stage of it runs."""
     share: float | None
     seconds_left: float | None
     note: str
     changed: datetime
 
 
+class Place(NamedTuple):
+    """A directory that may be a stage."""
+
+    name: str
+    """Relative to the directory of runs."""
+    store: Store
+    files: Mapping[str, FileInfo]
+    """By name."""
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """A JSON file's mapping; None where there is none, or somebody else's."""
+        if name not in self.files:
+            return None
+        try:
+            value = json.loads((self.store / name).read())
+        except (OSError, ValueError):  # gone since, or not JSON
+            return None
+        return value if isinstance(value, dict) else None
+
+    def changed(self, name: str) -> datetime:
+        """When one of the files was last written."""
+        return datetime.fromtimestamp(self.files[name].mtime_ns / 1e9, UTC)
+
+
 def stages(config: StatusConfig) -> list[Stage]:
     """All that lies below the directory, in the order in which it was touched last; DataError where there is none."""
-    if not config.directory.is_dir():
-        raise DataError(f"directory: {config.directory} is no directory")
-    found: dict[str, Stage] = {}
-    for path in directories(config.directory):
-        found |= {stage.path: stage for stage in recipe_stages(path, config)}
-        # What a stage's own directory tells is more than what its recipe does, but for that it failed.
-        if (stage := read_stage(path, config)) and not (stage.path in found and found[stage.path].state == "failed"):
-            found[stage.path] = stage
-    return sorted(found.values(), key=lambda stage: stage.changed)
+    root = Store.at(user_path(config.directory))
+    try:
+        found = list(read_stages(root, config)) if root.info.type == FileType.Directory else None
+    except OSError as error:
+        raise DataError(f"directory: {root}: cannot be read: {error}") from error
+    if found is None:
+        raise DataError(f"directory: {root} is no directory")
+    return sorted(found, key=lambda stage: stage.changed)
 
 
-def directories(root: Path) -> Iterator[Path]:
-    """Every directory that may be a stage."""
-    for path, names, _ in os.walk(root):
-        names[:] = sorted(name for name in names if not name.startswith(".") and name not in SKIPPED)
-        yield Path(path)
+def read_stages(root: Store, config: StatusConfig) -> Iterator[Stage]:
+    """The stages below a directory, and then the recipes that they are stages of."""
+    recipes: dict[str, tuple[Place, dict[str, Any]]] = {}
+    found: list[Stage] = []
+    for store, files in root.walk(lambda name: not name.startswith(".") and name not in SKIPPED):
+        place = Place(store.path.removeprefix(root.path.rstrip("/")).strip("/") or ".", store, files)
+        if recipe := place.read(STATE):
+            recipes[place.name] = place, recipe
+        above, _, name = place.name.rpartition("/")
+        _, recipe = recipes.get(above or ".", (place, {}))
+        if stage := read_stage(place, config, recipe.get(name, {})):
+            found.append(stage)
+    told = {stage.path: stage for place, recipe in recipes.values() for stage in told_of(place, recipe)}
+    # What a stage's own directory tells is more than what its recipe does, but for that it failed.
+    told |= {stage.path: stage for stage in found if stage.path not in told or told[stage.path].state != "failed"}
+    yield from told.values()
+    for name, (place, recipe) in recipes.items():
+        yield recipe_of(place, recipe, [stage for stage in found if name == "." or stage.path.startswith(f"{name}/")])
 
 
-def read_stage(path: Path, config: StatusConfig) -> Stage | None:
-    """What a directory says of itself; None where it is no stage."""
-    name = str(path.relative_to(config.directory))
-    note = read_json(path / NOTE)
-    if manifest := read_json(path / MANIFEST_NAME):
-        measured = manifest.get("measurements", {})
-        summary = summary_of(measured) or note_of(path)
-        mark = manifest.get("fingerprint", "")[:MAX_RUN_ID]
-        return Stage(name, manifest.get("kind", "?"), mark, "done", 1.0, None, summary, changed(path / MANIFEST_NAME))
-    if note:
-        age = (datetime.now(UTC) - datetime.fromisoformat(note["time"])).total_seconds()
-        share = note["done"] / max(note["total"], 1)
-        state = "done" if share >= 1 else "stopped" if age > config.silent_s else "running"
-        left = note["seconds_left"]
-        summary = f"{note['done']:,}/{note['total']:,} {note['unit']}" + summary_of(note, ", ")
+def read_stage(place: Place, config: StatusConfig, done: Mapping[str, Any]) -> Stage | None:
+    """What a directory says of itself; None where it is no stage. `done` is what a recipe says of it."""
+    if manifest := place.read(MANIFEST_NAME):
+        took = f"{format_seconds(done['seconds'])} the last time" if done.get("seconds") else ""
         return Stage(
-            path=name,
-            kind=note["job"],
+            path=place.name,
+            kind=manifest.get("kind", "?"),
+            run=manifest.get("fingerprint", "")[:MAX_RUN_ID],
+            state="done",
+            share=1.0,
+            seconds_left=None,
+            note=summary_of(manifest.get("measurements", {})) or took,
+            changed=place.changed(MANIFEST_NAME),
+        )
+    if note := place.read(NOTE):
+        when = datetime.fromisoformat(note["time"])
+        age = (datetime.now(UTC) - when).total_seconds()
+        state = "done" if note["finished"] else "stopped" if age > config.silent_s else "running"
+        left = note["seconds_left"]
+        return Stage(
+            path=place.name,
+            kind=note["job"] if note["stage"] == note["job"] else f"{note['job']}: {note['stage']}",
             run=note["run"],
             state=state,
-            share=share,
+            share=1.0 if state == "done" else note["progress"],
             seconds_left=max(0.0, left - age) if state == "running" and left is not None else None,
-            note=summary,
-            changed=datetime.fromisoformat(note["time"]),
+            note=", ".join(filter(None, [f"{note['done']:,}/{note['total']:,} {note['unit']}", summary_of(note)])),
+            changed=when,
         )
-    if (path / CLAIM).exists():
-        mark = (path / CLAIM).read_text()[:MAX_RUN_ID]
-        parts = len(list(path.glob("part-*.parquet")))
-        return Stage(name, "?", mark, "begun", None, None, f"{parts:,} parts", changed(path / CLAIM))
+    if CLAIM in place.files:
+        mark = (place.store / CLAIM).read().decode()[:MAX_RUN_ID]
+        parts = sum(is_part(place.store / name) for name in place.files)
+        return Stage(place.name, "?", mark, "begun", None, None, f"{parts:,} parts", place.changed(CLAIM))
     return None
 
 
-def recipe_stages(path: Path, config: StatusConfig) -> Iterator[Stage]:
-    """The stages of a recipe, where a directory holds one."""
-    for name, told in (read_json(path / STATE) or {}).items():
-        state = RECIPE_STATES.get(told["state"], told["state"])
-        place = path / name
+def told_of(place: Place, recipe: Mapping[str, Any]) -> Iterator[Stage]:
+    """The stages of a recipe as it tells of them."""
+    for name, done in recipe.items():
+        state = RECIPE_STATES.get(done["state"], done["state"])
+        finished = done.get("finished")
         yield Stage(
-            path=str(place.relative_to(config.directory)),
-            kind=told.get("job", "?"),
+            path=name if place.name == "." else f"{place.name}/{name}",
+            kind=done.get("job", "?"),
             run="",
             state=state,
             share=1.0 if state == "done" else None,
             seconds_left=None,
-            note=note_of(place),
-            changed=datetime.fromisoformat(told["finished"]) if told.get("finished") else changed(path / STATE),
+            note=f"{format_seconds(done['seconds'])} the last time" if done.get("seconds") else "",
+            changed=datetime.fromisoformat(finished) if finished else place.changed(STATE),
         )
 
 
-def summary_of(measured: dict[str, Any], before: str = "") -> str:
+def recipe_of(place: Place, recipe: Mapping[str, Any], below: Sequence[Stage]) -> Stage:
+    """A recipe by what it says of its stages and by how far these are; the time left is that of the one that runs."""
+    running = [stage for stage in below if stage.state == "running"]
+    failed = any(done.get("state") == "failed" for done in recipe.values())
+    told = [
+        f"{name} {done.get('state')}" + (f" in {format_seconds(done['seconds'])}" if done.get("seconds") else "")
+        for name, done in recipe.items()
+    ]
+    return Stage(
+        path=place.name,
+        kind="recipe",
+        run="",
+        state="running" if running else "failed" if failed else "idle",
+        share=None,
+        seconds_left=running[-1].seconds_left if running else None,
+        note=", ".join(told),
+        changed=max([place.changed(STATE), *(stage.changed for stage in below)]),
+    )
+
+
+def summary_of(measured: Mapping[str, Any]) -> str:
     """The figures that tell most of a stage."""
-    names = {
+    forms = {
         "rows": "{:,} rows",
         "texts": "{:,} texts",
         "negatives": "{:,} negatives",
         "recall_at_10": "recall {:.3f}",
+        "recall": "recall {:.3f}",
         "loss": "loss {:.4f}",
+        "validation": "validation {:.4f}",
         "tokens_per_second": "{:,.0f} tokens/s",
+        "padding_waste": "{:.0%} padding",
+        "cache_hits": "{:.0%} found in caches",
     }
     told = []
-    for name, form in names.items():
+    for name, form in forms.items():
         value = measured.get(name)
         value = value[-1] if isinstance(value, list) and value else value  # a trained model keeps its whole history
         if isinstance(value, int | float):
             told.append(form.format(value))
-    return before + ", ".join(told) if told else ""
-
-
-def note_of(path: Path) -> str:
-    """How long a stage of a recipe took, where recipe.json says so."""
-    done = read_json(path.parent / STATE) or {}
-    seconds = done.get(path.name, {}).get("seconds")
-    return f"{format_seconds(seconds)} the last time" if seconds else ""
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON file's mapping; None where there is none, or somebody else's."""
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def changed(path: Path) -> datetime:
-    """When a file was last written."""
-    return datetime.fromtimestamp(path.stat().st_mtime, UTC)
+    return ", ".join(told)
 
 
 def table_of(found: list[Stage]) -> Table:
@@ -174,7 +222,7 @@ def table_of(found: list[Stage]) -> Table:
             stage.kind,
             stage.run,
             stage.state,
-            "?" if stage.share is None else f"{stage.share:.0%}",
+            "" if stage.share is None else f"{stage.share:.0%}",
             "" if stage.seconds_left is None else format_seconds(stage.seconds_left),
             stage.note,
             stage.changed.astimezone().strftime("%m-%d %H:%M:%S"),
@@ -190,4 +238,4 @@ def main(config: StatusConfig) -> list[Stage]:
 
 
 if __name__ == "__main__":
-    run_job(StatusConfig, main)
+    run_job(StatusConfig, main, first="directory")

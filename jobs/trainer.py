@@ -31,7 +31,7 @@ from embedlib.training import TrainState
 from jobs.metrics import RunReport
 from jobs.runtime import num_gpus, present_gpus, quiet
 
-WEIGHTS, STATE, HISTORY = "model.safetensors", "state.pt", "history.jsonl"
+WEIGHTS, STATE, HISTORY, JOB = "model.safetensors", "state.pt", "history.jsonl", "job.json"
 LOG_EVERY_STEPS = 10
 
 
@@ -98,24 +98,29 @@ def run_worker(trained: Trained, workers: WorkersConfig, log: Path, what: str) -
         torch.distributed.barrier()
 
     # The run's directory is named by its fingerprint; the log lies in it.
-    told_of = {"loss": "loss", "tokens_per_second": "tokens_per_s", "validation": trained.metric}
+    told_of = {"loss": "loss", "tokens_per_second": "tokens_per_s", "padding_waste": "padding_waste"}
+    told_of["validation"] = trained.metric
     report = None
     if rank == 0:
-        report = RunReport(what, log.parent.name, Store.at(str(log.parent)), state.total_steps, "steps")
-        report.update(state.step)
+        run = Store.at(str(log.parent))
+        report = RunReport(what, log.parent.name, run, (run / JOB).read_json())
+        report.begin(what, state.total_steps, "steps", state.step)
     waits = Patience(workers.patience, read_validations(log, trained.metric))
-    window: list[tuple[float, float]] = []
+    window: list[tuple[float, float, float]] = []
     with (log / f"samples-{rank:04}.jsonl").open("a") as samples, (log / HISTORY).open("a") as history:
         start = time.perf_counter()
         for step in () if waits.is_over else trained.steps(state):
             samples.write(json.dumps({"step": step.step, "ids": step.ids}) + "\n")
-            window.append((step.result.loss, step.result.num_tokens))
+            window.append((step.result.loss, step.result.num_tokens, step.result.num_padding))
             last = step.step == state.total_steps
             record: dict[str, float] = {"step": step.step}
             if step.step % LOG_EVERY_STEPS == 0 or last:
-                totals = all_reduce_sum(torch.tensor(window, device=device, dtype=torch.float64).sum(0))
+                loss, tokens, padding = all_reduce_sum(
+                    torch.tensor(window, device=device, dtype=torch.float64).sum(0)
+                ).tolist()
                 seconds = time.perf_counter() - start
-                record |= {"loss": float(totals[0]) / len(window), "tokens_per_s": float(totals[1]) / seconds}
+                record |= {"loss": loss / len(window), "tokens_per_s": tokens / seconds}
+                record["padding_waste"] = padding / (tokens + padding)
                 record |= {"grad_norm": step.result.grad_norm, "learning_rate": state.optimizer.param_groups[0]["lr"]}
                 window, start = [], time.perf_counter()
             # The best is chosen among checkpoints: where one is waited for, they are what is validated.
@@ -138,6 +143,8 @@ def run_worker(trained: Trained, workers: WorkersConfig, log: Path, what: str) -
                 save_checkpoint(trained.model, state, record, is_writer=rank == 0)
             if last:
                 break
+    if report:
+        report.finish()
 
 
 class Patience:
@@ -233,6 +240,7 @@ def fit(
         raise ConfigError(
             f"workers.num_workers: {largest}; expected at most the batch size and number of samples, {most_workers}"
         )
+    (Store.at(str(run)) / JOB).write_json(job.model_dump(mode="json"))
     trainer = TorchTrainer(
         worker,
         train_loop_config=job.model_dump(mode="json"),

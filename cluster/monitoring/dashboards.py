@@ -36,26 +36,44 @@ class Dashboard(NamedTuple):
 
 
 RUN = '{task=~"$task", run=~"$run"}'
+
+
+def of_stage(metric: str) -> dict[str, str]:
+    """What each stage of a run says of itself last."""
+    return {"{{task}} {{stage}} {{run}}": f"max by (task, stage, run) (ray_embedlib_job_{metric}{RUN})"}
+
+
 JOBS = Dashboard(
     "embedlib: jobs",
     {"task": "ray_embedlib_job_progress", "run": "ray_embedlib_job_progress"},
     {
         "Runs": [
-            Panel("Done", "percentunit", {"{{task}} {{run}}": f"max by (task, run) (ray_embedlib_job_progress{RUN})"}),
-            Panel("Time left", "s", {"{{task}} {{run}}": f"max by (task, run) (ray_embedlib_job_seconds_left{RUN})"}),
-            Panel("Tokens", "tps", {"{{run}}": f"max by (run) (ray_embedlib_job_tokens_per_second{RUN})"}),
-            Panel("Loss", "none", {"{{run}}": f"max by (run) (ray_embedlib_job_loss{RUN})"}),
-            Panel("Validation", "none", {"{{run}}": f"max by (run) (ray_embedlib_job_validation{RUN})"}),
-            Panel("Recall of the index", "percentunit", {"{{run}}": f"max by (run) (ray_embedlib_job_recall{RUN})"}),
+            Panel("Done", "percentunit", of_stage("progress")),
+            Panel("Time left", "s", of_stage("seconds_left"), "Of the stage."),
+            Panel("Tokens", "tps", of_stage("tokens_per_second")),
+            Panel("Loss", "none", of_stage("loss")),
+            Panel("Validation", "none", of_stage("validation")),
+            Panel("Recall of the index", "percentunit", of_stage("recall")),
+            Panel("Padding", "percentunit", of_stage("padding_waste"), "Share of the tokens that models compute."),
+            Panel(
+                "Found in caches",
+                "percentunit",
+                of_stage("cache_hits"),
+                "Share of the texts, or of a judge's pairs, not computed: an equal one was, or they were kept.",
+            ),
             Panel(
                 "Steps, texts or blocks",
                 "ops",
-                {"{{task}} {{run}}": f"sum by (task, run) (rate(ray_embedlib_job_steps_total{RUN}[5m]))"},
+                {
+                    "{{task}} {{stage}} {{run}}": (
+                        f"sum by (task, stage, run) (rate(ray_embedlib_job_steps_total{RUN}[5m]))"
+                    )
+                },
             ),
             Panel(
                 "Found done",
                 "short",
-                {"{{task}} {{run}}": f"sum by (task, run) (ray_embedlib_job_reused_total{RUN})"},
+                {"{{task}} {{stage}} {{run}}": f"sum by (task, stage, run) (ray_embedlib_job_reused_total{RUN})"},
                 "Work of an earlier run that this one did not do again.",
             ),
         ],

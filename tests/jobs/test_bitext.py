@@ -1,5 +1,6 @@
 """Finding pairs on a real local cluster: translations in two corpora, copies and near-duplicates in one."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from embedlib.artifact import Manifest
 from embedlib.errors import ArtifactError
 from embedlib.schemas import vector_column
 from jobs.bitext import BitextConfig, bitext
+from jobs.metrics import NOTE
 from jobs.parts import part_name
 
 pytestmark = pytest.mark.ray
@@ -56,6 +58,8 @@ def test_translations_find_each_other_whatever_the_shards(ray_cluster: None, tmp
     assert np.mean(right) >= 0.97
     assert {pair["source_id"] for pair in pairs} <= {f"en-{number}" for number in range(NUM_TEXTS)}
     assert [pair["score"] for pair in pairs] == sorted((pair["score"] for pair in pairs), reverse=True)
+    note = json.loads((tmp_path / "one" / NOTE).read_text())
+    assert (note["job"], note["stage"], note["finished"]) == ("bitext", "search backward", True)
 
     (tmp_path / "one" / "manifest.json").unlink()
     kept = tmp_path / "one" / "work" / "forward" / part_name(0)

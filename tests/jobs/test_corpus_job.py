@@ -19,6 +19,7 @@ from embedlib.artifact import Manifest
 from embedlib.errors import ArtifactError, ConfigError, DataError
 from embedlib.schemas import CORPUS_SHARD, PAIRS, QUERY_PASSAGE
 from jobs.corpus import Build, BuildConfig, Shards, build_corpus, cut_shards
+from jobs.metrics import NOTE, RunReport
 from jobs.parts import part_name
 
 WORDS = ("river", "stone", "garden", "window", "letter", "market", "silver", "winter", "doctor", "engine", "planet")
@@ -79,7 +80,14 @@ def in_this_process(seed: int, stop_after: int | None = None) -> Runner:
     """`run_numbered` without Ray, in an order of chance, as that of workers is; cut off after some pieces."""
     chance, done = random.Random(seed), [0]
 
-    def run(build: Build, what: str, function: Callable[[Build, int], int], missing: Sequence[int], total: int) -> None:
+    def run(
+        build: Build,
+        report: RunReport,
+        what: str,
+        function: Callable[[Build, int], int],
+        missing: Sequence[int],
+        total: int,
+    ) -> None:
         for number in chance.sample(list(missing), len(missing)):
             if done[0] == stop_after:
                 raise KeyboardInterrupt
@@ -99,11 +107,11 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def content(output: Path) -> dict[str, str]:
-    """Hashes of all files but the manifest, whose configuration names its own place."""
+    """Hashes of all files but the manifest, whose configuration names its own place, and the run's note."""
     return {
         str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(output.rglob("*"))
-        if path.is_file() and path.name not in ("manifest.json", ".fingerprint")
+        if path.is_file() and path.name not in ("manifest.json", ".fingerprint", NOTE)
     }
 
 
@@ -433,5 +441,7 @@ def test_any_number_of_workers_gives_the_same_bytes(ray_cluster: None, raw: Path
         config = config_for(raw, tmp_path / f"{workers}", num_workers=workers, balance={"max_rows": 300})
         require_all(build_corpus(config))
     assert content(tmp_path / "1") == content(tmp_path / "2") == content(tmp_path / "4")
+    note = json.loads((tmp_path / "4" / NOTE).read_text())
+    assert (note["job"], note["stage"], note["progress"], note["finished"]) == ("corpus", "write", 1, True)
     with pytest.raises(DataError, match="sources: no row of"):
         build_corpus(config_for(raw, tmp_path / "none", languages=["xx"]))

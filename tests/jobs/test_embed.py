@@ -15,6 +15,7 @@ from embedlib.encoder import Encoder
 from embedlib.errors import ArtifactError, ConfigError, DataError
 from embedlib.storage import Store
 from jobs.embed import EmbedConfig, PartStatistics, embed, embed_all, read_parts, token_histogram, write_part
+from jobs.metrics import NOTE
 from jobs.parts import part_name
 
 pytestmark = pytest.mark.ray
@@ -52,6 +53,10 @@ def test_vectors_are_the_encoders_and_resume_repeats_nothing(
     assert manifest.measurements["tokens"] == tokens
     assert sum(manifest.measurements["token_histogram"].values()) == len(texts)
     assert manifest.measurements["quarantined"] == {}
+    note = json.loads((output / NOTE).read_text())
+    distinct = len({(row // 64, row % 2, text) for row, text in enumerate(texts)})  # of a part
+    assert (note["done"], note["finished"], note["padding_waste"]) == (336, True, 0)
+    assert note["cache_hits"] == pytest.approx(1 - distinct / len(texts))
 
     first, second = output / part_name(0), output / part_name(1)
     before, kept = pq.read_table(second), first.stat().st_mtime_ns

@@ -23,6 +23,7 @@ from embedlib.evaluation.evaluation_report import PLOTTED_TEXTS, Evaluation, plo
 from embedlib.evaluation.footprint import Footprint, middle_of
 from embedlib.metrics import row_cosines
 from jobs.evaluate import SAMPLE_TEXTS, EvaluateConfig, Model, evaluate, main, outcome, plan_units, read_sample
+from jobs.metrics import NOTE
 from serve.model import read_retention
 from tests.conftest import corpus_rows
 
@@ -98,6 +99,7 @@ def evaluated(ray_cluster: None, sets: Path, tiny_encoder: Path, damaged: Path, 
         with pytest.raises(GateError, match=r"sts>=0\.99\*teacher: NOT MET by damaged"):
             main(config.model_validate(config.model_dump() | {"tasks": tasks, "require": ["sts>=0.99*teacher"]}))
         found = read_evaluation(config.directory)
+        assert json.loads((config.directory / NOTE).read_text())["finished"]
     assert found is not None
     return found
 

@@ -1,5 +1,6 @@
 """An index on a real local cluster: what it holds, how well it finds, how it grows, what it refuses."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from embedlib.artifact import Manifest, write_manifest
 from embedlib.errors import ArtifactError, ConfigError, DataError
 from embedlib.schemas import vector_column
 from jobs.index import IndexConfig, build
+from jobs.metrics import NOTE
 from jobs.parts import part_name
 
 pytestmark = pytest.mark.ray
@@ -48,6 +50,8 @@ def test_an_index_finds_enough_and_grows(ray_cluster: None, tmp_path: Path) -> N
     small = build(config_for(first, tmp_path / "small"))
     assert small.measurements["recall_at_10"] >= 0.9
     assert small.measurements["nprobe"] > 1
+    note = json.loads((tmp_path / "small" / NOTE).read_text())
+    assert (note["job"], note["finished"], note["recall"]) == ("index", True, small.measurements["recall_at_10"])
     before = (tmp_path / "small" / "index.faiss").read_bytes()
     config = config_for(second, tmp_path / "large", base=str(tmp_path / "small"), first_id=2000)
     large = build(config)

@@ -21,6 +21,7 @@ from sentence_transformers.util import mine_hard_negatives
 from embedlib.encoder import Encoder
 from embedlib.errors import ArtifactError, ConfigError, DataError
 from embedlib.schemas import vector_column, vectors_of
+from jobs.metrics import NOTE
 from jobs.mine import MineConfig, mine
 from jobs.miner import runs
 from jobs.parts import part_name
@@ -233,6 +234,7 @@ def test_a_cross_encoder_judges_each_pair_once(
     changes: dict[str, Any] = {"judge": str(tiny_cross_encoder), "work": str(work)}
     mine(config_for(tmp_path / "one", tiny_encoder, pairs, tiny_corpus, rule=rule, **changes))
     scorer = CrossEncoder(str(tiny_cross_encoder), device="cpu")
+    assert 0 <= json.loads((tmp_path / "one" / NOTE).read_text())["cache_hits"] < 1
     assert_judged(tmp_path / "one", lambda query, texts: scorer.predict([(query, text) for text in texts]))
 
     (kept,) = work.glob("judged/*")
@@ -241,6 +243,7 @@ def test_a_cross_encoder_judges_each_pair_once(
     assert [row["negatives"] for row in rows_of(tmp_path / "two")] == [
         row["negatives"][:2] for row in rows_of(tmp_path / "one")
     ]
+    assert json.loads((tmp_path / "two" / NOTE).read_text())["cache_hits"] == 1
     assert {path: path.stat().st_mtime_ns for path in stamps if path.suffix == ".parquet"} == {
         path: stamp for path, stamp in stamps.items() if path.suffix == ".parquet"
     }

@@ -16,6 +16,8 @@ from sentence_transformers import SentenceTransformer
 from embedlib.errors import ConfigError
 from embedlib.model_directory import trained_dimensions
 from jobs.merge import MergeConfig, merge
+from jobs.metrics import NOTE
+from jobs.status import StatusConfig, stages
 from jobs.train import TrainConfig, main
 from tests.conftest import corpus_rows
 from tests.jobs.processes import kill_ray_workers, wait_for
@@ -83,6 +85,9 @@ def test_training_raises_the_validation_and_loads_anywhere(trained: Path, tiny_e
     assert new.prompts == old.prompts
     assert trained_dimensions(trained / "model") == [16]
     assert not np.allclose(new.encode(["the cat"]), old.encode(["the cat"]), atol=1e-3)
+    (note,) = [json.loads(path.read_text()) for path in trained.glob(f"training/*/{NOTE}")]
+    assert (note["job"], note["finished"], note["padding_waste"]) == ("train", True, 0)  # laid end to end
+    assert note["validation"] == values[-1]
 
 
 def test_a_rerun_skips_everything_and_another_objective_only_trains(
@@ -126,6 +131,8 @@ def test_training_ends_early_and_keeps_the_best(tmp_path: Path, tiny_encoder: Pa
     main(config)
     manifest = json.loads((tmp_path / "run" / "model" / "manifest.json").read_text())
     assert len(manifest["measurements"]["validation_steps"]) < 50
+    (training,) = [stage for stage in stages(StatusConfig(directory=str(tmp_path))) if stage.kind == "train"]
+    assert training.state == "done"
 
 
 @pytest.mark.parametrize(
@@ -169,6 +176,8 @@ def test_merged_models_lie_between_and_a_search_finds_the_better(
     weights = json.loads((found / "manifest.json").read_text())["measurements"]["weights"]
     # From a half towards the trained model, which is better on these pairs; the base's own task vector is nothing.
     assert weights[0] > 0.6
+    note = json.loads((tmp_path / "found" / NOTE).read_text())
+    assert (note["job"], note["stage"], note["finished"]) == ("merge", "position", True)
     assert weights[1] == 0.5
     vectors = [SentenceTransformer(str(path), device="cpu").encode(["the cat"]) for path in (half, found)]
     assert all(np.isfinite(each).all() for each in vectors)
