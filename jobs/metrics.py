@@ -92,7 +92,7 @@ class RunReport:
     def __init__(self, job: str, mark: str, directory: Store, config: Mapping[str, Any]) -> None:
         """`mark`: fingerprint of what is made, whose beginning is the run's id and stays when it is resumed.
 
-        `config` is what MLflow is told, and holds no secrets. Nothing is told before the first stage begins.
+        `config` is what MLflow is told of it. Nothing is told before the first stage begins.
         """
         self.job, self.mark, self.directory, self.config = job, mark, directory, config
         self.run = mark[:MAX_RUN_ID]
