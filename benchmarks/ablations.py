@@ -28,8 +28,10 @@ from benchmarks.machine import describe_machine
 from embedlib.negatives import NegativeRule
 from embedlib.pairs import PairColumns
 from embedlib.pretrained import EMBEDDED_TEACHER
+from embedlib.storage import Store
 from jobs.evaluate import EvaluateConfig, find_models, plan_units, score_all, scorers
 from jobs.merge import MergeConfig, merge
+from jobs.metrics import RunReport
 from jobs.mine import MineConfig, mine
 from jobs.runtime import connect
 from jobs.train import TrainConfig, train
@@ -267,7 +269,8 @@ def scores_of(models: Models, root: Path, tasks: Mapping[str, Any], work: Path) 
     config = EvaluateConfig.model_validate({"output": work, "models": models, "root": root, "tasks": tasks})
     units, _ = plan_units(config)
     found: dict[str, dict[str, list[float]]] = {name: {unit.name: [] for unit in units} for name in models}
-    for result in score_all(scorers(config, len(units)), find_models(config), units):
+    report = RunReport("evaluate", "ablations", Store.at(str(work)), {})
+    for result in score_all(scorers(config, len(units)), find_models(config), units, report):
         if not isinstance(result, list):
             raise RuntimeError(f"{result.model} on {result.task}: {result.reason}")
         for score in result:

@@ -53,8 +53,8 @@ class Stage(NamedTuple):
     run: str
     """Beginning of the fingerprint of what is made."""
     state: str
-    """done, running, stopped, or begun: claimed by a job that has told nothing yet; of a recipe's stage also waits, failed
-    and left out; of a recipe running, failed, or idle where no stage of it runs."""
+    """done, running, stopped, or begun: claimed by a job that has told nothing yet; of a recipe's stage also waits,
+    failed and left out; of a recipe running, failed, or idle where no stage of it runs."""
     share: float | None
     seconds_left: float | None
     note: str

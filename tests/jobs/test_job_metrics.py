@@ -327,7 +327,8 @@ def test_stages_of_a_recipe_are_told_though_nothing_of_theirs_is_finished(tmp_pa
     (tmp_path / "recipe" / status.STATE).write_text(
         json.dumps({name: {"job": "job", "state": state, "seconds": 75.2} for name, state in told.items()})
     )
-    found = {stage.path: (stage.kind, stage.state, stage.note) for stage in stages(StatusConfig(directory=tmp_path))}
+    config = StatusConfig(directory=str(tmp_path))
+    found = {stage.path: (stage.kind, stage.state, stage.note) for stage in stages(config) if stage.kind != "recipe"}
     took = "1:15 the last time"
     assert found == {
         "recipe/trained": ("job", "done", took),
