@@ -1,6 +1,6 @@
 """Train an encoder on queries, positives and negatives: the loop of one process, with no cluster in sight."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +23,7 @@ from embedlib.distillation import (
     resolve_dtype,
     unwrapped,
 )
-from embedlib.objective import Objective, ObjectiveConfig, Samples
+from embedlib.objective import Objective, ObjectiveConfig, Objectives, Samples
 from embedlib.sampling import BatchPlan
 from embedlib.torch_model import SentenceVectors
 from embedlib.training import (
@@ -51,7 +51,7 @@ class ContrastiveConfig(Config):
     batch_size: int = Field(default=256, ge=2)
     """Samples of one optimiser step, over all workers: each is told apart from all others of it."""
     objective: ObjectiveConfig = ObjectiveConfig()
-    """What is asked of the vectors."""
+    """What is asked of the vectors, where a dataset does not say it."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """How the weights move."""
     sampling_temperature: float = Field(default=1.0, ge=0, le=1)
@@ -79,16 +79,18 @@ def load_encoder(directory: Path, device: torch.device, config: ContrastiveConfi
     return model
 
 
-def start_contrast(model: nn.Module, dataset: ContrastiveSet, config: ContrastiveConfig) -> TrainState:
-    """The state before the first step."""
+def start_contrast(
+    model: nn.Module, dataset: ContrastiveSet, config: ContrastiveConfig, objectives: Sequence[ObjectiveConfig] = ()
+) -> TrainState:
+    """The state before the first step; `objectives` by the number of the dataset, none: the same for all."""
     plan = batch_plan(dataset, config)
     device = next(model.parameters()).device
     width = int(unwrapped(model).model.get_embedding_dimension() or 0)
     teacher = dataset.vectors["teacher"].shape[1] if "teacher" in dataset.vectors else None
-    objective = Objective(config.objective, width, teacher).to(device)
-    optimizer = build_optimizer(model, config.optimizer, objective)
+    head = Objectives(objectives or [config.objective] * dataset.num_datasets, width, teacher).to(device)
+    optimizer = build_optimizer(model, config.optimizer, head)
     total = sum(len(plan.epoch(epoch)) for epoch in range(config.epochs))
-    return TrainState(model, optimizer, config.optimizer, total, config.seed, head=objective)
+    return TrainState(model, optimizer, config.optimizer, total, config.seed, head=head)
 
 
 def contrast(state: TrainState, dataset: ContrastiveSet, config: ContrastiveConfig) -> Iterator[Step]:
@@ -104,8 +106,10 @@ def contrast(state: TrainState, dataset: ContrastiveSet, config: ContrastiveConf
         shares = [dealt(lengths, number, world_size()) for number in range(world_size())]
         in_order = torch.from_numpy(np.argsort(np.concatenate(shares))[: len(texts)]).to(device)
         first, last = (len(rows) * number // world_size() for number in (rank(), rank() + 1))
-        assert isinstance(state.head, Objective)  # noqa: S101 (narrows the type)
-        of_batch = batch_loss(state.head, samples, in_order, range(first, last))
+        assert isinstance(state.head, Objectives)  # noqa: S101 (narrows the type)
+        # All samples of a batch are of one dataset.
+        objective = state.head.of_datasets[int(dataset.datasets_of(rows[:1])[0])]
+        of_batch = batch_loss(objective, samples, in_order, range(first, last))
         result = optimise(state, dataset.token_ids(embedded[shares[rank()]]), of_batch, arithmetic)
         yield Step(state.step, rows[first:last].tolist(), result)
 

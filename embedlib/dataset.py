@@ -21,7 +21,7 @@ from embedlib.objective import Samples
 
 TOKENS, OFFSETS, VECTORS = "tokens.npy", "offsets.npy", "vectors.npy"
 SAMPLES, GROUPS, SHARES, SCORES, LABELS = "samples.npy", "groups.npy", "shares.npy", "scores.npy", "labels.npy"
-ANSWERS = "answers.npy"
+ANSWERS, DATASETS = "answers.npy", "datasets.npy"
 CACHED = ("guide", "teacher", "base")
 """Models whose vectors of all texts may lie beside them, each in a directory of its own."""
 
@@ -75,13 +75,15 @@ class ContrastiveSet(NamedTuple):
     shares: npt.NDArray[np.float64]
     """(groups,) how often an epoch goes through each group."""
     scores: npt.NDArray[np.float32] | None = None
-    """(num_samples, 1 + most negatives) a teacher's."""
+    """(num_samples, 1 + most negatives) a teacher's; nan in a dataset without."""
     labels: npt.NDArray[np.float32] | None = None
-    """(num_samples,)."""
+    """(num_samples,) nan in a dataset without."""
     vectors: Mapping[str, npt.NDArray[np.float16]] = MappingProxyType({})
     """(num_texts, dim) of each of the models in `CACHED` that there are."""
     answers: npt.NDArray[np.int64] | None = None
     """(pairs, 2) query and positive of the queries that have several positives, ascending."""
+    datasets: npt.NDArray[np.int64] | None = None
+    """(groups,) number of the dataset that each group is of; none: there is one."""
 
     @classmethod
     def open(cls, directory: Path) -> "ContrastiveSet":
@@ -100,12 +102,22 @@ class ContrastiveSet(NamedTuple):
             scores=mapped(directory / SCORES),
             labels=mapped(directory / LABELS),
             answers=mapped(directory / ANSWERS),
+            datasets=np.load(directory / DATASETS),
             vectors={name: array for name, array in vectors.items() if array is not None},
         )
 
     def __len__(self) -> int:
         """Number of samples."""
         return len(self.samples)
+
+    @property
+    def num_datasets(self) -> int:
+        """Number of datasets."""
+        return 1 if self.datasets is None else int(self.datasets.max()) + 1
+
+    def datasets_of(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Number of the dataset of each of the samples `rows`."""
+        return np.zeros(len(rows), np.int64) if self.datasets is None else self.datasets[self.groups[rows]]
 
     def lengths(self, texts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Tokens of each of the `texts`."""
@@ -185,13 +197,18 @@ def write_vectors(
     num_samples: int,
     dim: int,
     batches: Iterable[tuple[npt.NDArray[np.int64], npt.NDArray[np.float16]]],
+    wanted: npt.NDArray[np.int64] | None = None,
 ) -> None:
-    """Write teacher vectors that arrive as (ids, rows) in any order; DataError unless every id comes exactly once."""
+    """Write teacher vectors that arrive as (ids, rows) in any order; DataError unless every id comes exactly once.
+
+    `wanted`: those ids alone do; the others' vectors are zeros.
+    """
     vectors = new_array(directory / VECTORS, np.float16, (num_samples, dim))
     seen = np.zeros(num_samples, dtype=np.int64)
     for ids, rows in batches:
         vectors[ids] = rows
         np.add.at(seen, ids, 1)
+    seen = seen if wanted is None else seen[wanted]
     if (seen != 1).any():
         missing, repeated = int((seen == 0).sum()), int((seen > 1).sum())
         raise DataError(

@@ -110,6 +110,19 @@ class ObjectiveConfig(Config):
     """Prefixes of the vectors for which all of it holds, the whole included (matryoshka, arXiv:2205.13147); none: the
     whole alone."""
 
+    @property
+    def needs(self) -> set[str]:
+        """What there must be for it: models whose vectors it reads (guide, teacher, base), and columns of a dataset."""
+        wanted = {
+            "guide": self.guide is not None,
+            "teacher": self.distil.weight > 0,
+            "base": self.anchor > 0,
+            "positive_scores": self.scores.margin_mse > 0 or self.scores.divergence > 0,
+            "label": self.cosent.weight > 0,
+            "negatives": self.triplet.weight > 0,
+        }
+        return {name for name, is_wanted in wanted.items() if is_wanted}
+
     @model_validator(mode="after")
     def _has_a_term(self) -> "ObjectiveConfig":
         weights = [self.info_nce.weight, self.triplet.weight, self.distil.weight, self.anchor, self.cosent.weight]
@@ -158,22 +171,37 @@ class Contrast(NamedTuple):
     has_positive: bool
 
 
-class Objective(nn.Module):
-    """The losses of a configuration; its weights are the projections to a teacher of another width."""
+class Objectives(nn.Module):
+    """The objective of each dataset; the weights are the projections to a teacher of another width.
 
-    def __init__(self, config: ObjectiveConfig, embedding_dim: int, teacher_dim: int | None = None) -> None:
-        """`teacher_dim` is needed where there is a teacher."""
+    Objectives share them: a prefix is mapped to the teacher's space in one way, whatever else is asked of it.
+    """
+
+    def __init__(self, configs: Sequence[ObjectiveConfig], embedding_dim: int, teacher_dim: int | None = None) -> None:
+        """`configs` by the number of the dataset; `teacher_dim` is needed where there is a teacher."""
         super().__init__()
-        if too_wide := [dim for dim in config.dimensions if dim > embedding_dim]:
-            raise ConfigError(f"objective.dimensions: {too_wide[0]}; the model's vectors have {embedding_dim}")
-        self.config = config
-        self.dimensions = sorted({*config.dimensions, embedding_dim}, reverse=True)
+        for number, config in enumerate(configs):
+            if too_wide := [dim for dim in config.dimensions if dim > embedding_dim]:
+                raise ConfigError(
+                    f"objective.dimensions: {too_wide[0]} (datasets.{number}); the model's vectors have {embedding_dim}"
+                )
         # A teacher of another width has other prefixes than the student: each of these has a map of its own.
+        mapped = {dim for config in configs if config.distil.weight for dim in (*config.dimensions, embedding_dim)}
         self.projections = nn.ModuleDict(
-            {str(dim): nn.Linear(dim, teacher_dim, bias=False) for dim in self.dimensions}
-            if teacher_dim not in (None, embedding_dim) and config.distil.weight
+            {str(dim): nn.Linear(dim, teacher_dim, bias=False) for dim in sorted(mapped, reverse=True)}
+            if teacher_dim not in (None, embedding_dim)
             else {}
         )
+        self.of_datasets = [Objective(config, embedding_dim, self.projections) for config in configs]
+
+
+class Objective:
+    """The losses of a configuration."""
+
+    def __init__(self, config: ObjectiveConfig, embedding_dim: int, projections: nn.ModuleDict) -> None:
+        """`projections`, by prefix, are empty where the teacher is as wide as the student."""
+        self.config, self.projections = config, projections
+        self.dimensions = sorted({*config.dimensions, embedding_dim}, reverse=True)
 
     @property
     def is_whole(self) -> bool:
@@ -184,7 +212,7 @@ class Objective(nn.Module):
         """Pooled vectors (texts, dim) as unit vectors of each of the dimensions."""
         return [functional.normalize(vectors[:, :dim], dim=-1) for dim in self.dimensions]
 
-    def forward(self, prefixes: Sequence[torch.Tensor], samples: Samples, rows: slice) -> torch.Tensor:
+    def __call__(self, prefixes: Sequence[torch.Tensor], samples: Samples, rows: slice) -> torch.Tensor:
         """Losses (len(rows),) of those samples, from what `prefixes` gives for the whole batch."""
         contrasts = self._contrasts(samples, rows) if self.config.info_nce.weight else []
         losses = [self._at(unit, samples, rows, contrasts) for unit in prefixes]

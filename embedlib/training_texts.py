@@ -5,7 +5,7 @@ positive and any number of negatives. A text is told from another by its prompt 
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from embedlib.artifact import MANIFEST_NAME
 from embedlib.batching import NO_TEXT
 from embedlib.config import Config
 from embedlib.errors import DataError
+from embedlib.objective import ObjectiveConfig
 from embedlib.sources import ColumnsConfig, Part, Rejected, check_texts, input_files, is_parquet, open_parquet
 from embedlib.storage import Store
 
@@ -42,6 +43,8 @@ class TrainingData(Config):
     """Column of a teacher's scores of negatives, a list as long as theirs."""
     label: str | None = None
     """Column of how like query and positive are, for CoSENT."""
+    objective: ObjectiveConfig | None = None
+    """What is asked of the vectors of its texts; none: training.objective."""
     lang: str | None = None
     """Column whose values make groups that are not mixed in a batch: a language, or a pair of them."""
     langs: list[str] | None = None
@@ -72,12 +75,14 @@ class TrainingTexts(NamedTuple):
     groups: npt.NDArray[np.int64]
     """(samples,)."""
     group_names: list[str]
+    datasets: npt.NDArray[np.int64]
+    """(groups,) number of the dataset that each group is of."""
     weights: npt.NDArray[np.float64]
     """(groups,)."""
     scores: npt.NDArray[np.float32] | None
-    """(samples, 1 + most negatives) −inf where there is no negative; none where a dataset has no scores."""
+    """(samples, 1 + most negatives) −inf where there is no negative, nan in a dataset without scores; none: all are."""
     labels: npt.NDArray[np.float32] | None
-    """(samples,); none where a dataset has no labels."""
+    """(samples,) nan in a dataset without labels; none: all are."""
     rejected: list[Rejected]
 
     def taken(self, rows: npt.NDArray[np.bool_]) -> "TrainingTexts":
@@ -104,6 +109,8 @@ class TrainingTexts(NamedTuple):
 class _Rows(NamedTuple):
     """Some rows of one dataset, its lists laid flat."""
 
+    number: int
+    """Of the dataset."""
     data: TrainingData
     queries: pa.Array
     positives: pa.Array
@@ -199,7 +206,7 @@ def _checked(
     langs = rows[data.lang].to_pylist() if data.lang else [""] * len(rows)
     groups = [f"{number}:{lang}" for lang in langs]
     return _Rows(
-        data, _text(rows[data.query]), _text(rows[data.positive]), flat, counts, scores, labels, groups
+        number, data, _text(rows[data.query]), _text(rows[data.positive]), flat, counts, scores, labels, groups
     ), rejected
 
 
@@ -255,7 +262,8 @@ def _numbered(chunks: list[_Rows], rejected: list[Rejected]) -> TrainingTexts:
         indices = encoded.indices.to_numpy().astype(np.int64) + first
         numbers[prompt] = np.split(indices, np.cumsum([len(array) for array in arrays])[:-1])
         first += len(encoded.dictionary)
-    samples, scores = [], []
+    samples, labels = [], []
+    scores: list[npt.NDArray[Any]] = []
     most = max(int(each.counts.max(initial=0)) for each in chunks)
     for each in chunks:
         queries = numbers[each.data.query_prompt].pop(0)
@@ -268,21 +276,25 @@ def _numbered(chunks: list[_Rows], rejected: list[Rejected]) -> TrainingTexts:
         places = np.minimum(np.searchsorted(answers, pairs), len(answers) - 1)
         own = (answers[places] == pairs) | (numbers_of[:, 2:] == numbers_of[:, :1])
         numbers_of[:, 2:][own] = NO_TEXT
-        if each.scores is not None:
+        if each.scores is None:
+            scores.append(np.full((len(numbers_of), 1 + most), np.nan, np.float32))
+        else:
             scores.append(_padded(each.scores, each.counts, most, -np.inf))
             scores[-1][:, 1:][own] = -np.inf
+        labels.append(np.full(len(numbers_of), np.nan, np.float32) if each.labels is None else each.labels)
     names = list(dict.fromkeys(name for each in chunks for name in each.groups))
     number_of = {name: number for number, name in enumerate(names)}
+    datasets = {name: each.number for each in chunks for name in each.groups}
     weights = {name: each.data.weight for each in chunks for name in each.groups}
-    labels = [each.labels for each in chunks if each.labels is not None]
     return TrainingTexts(
         texts,
         np.concatenate(samples),
         np.array([number_of[name] for each in chunks for name in each.groups]),
         names,
+        np.array([datasets[name] for name in names]),
         np.array([weights[name] for name in names]),
-        np.concatenate(scores) if len(scores) == len(chunks) else None,
-        np.concatenate(labels) if len(labels) == len(chunks) else None,
+        np.concatenate(scores) if any(each.scores is not None for each in chunks) else None,
+        np.concatenate(labels) if any(each.labels is not None for each in chunks) else None,
         rejected,
     )
 

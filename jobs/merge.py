@@ -30,7 +30,7 @@ from embedlib.training import OptimizerConfig
 from embedlib.training_texts import TrainingData
 from jobs.metrics import RunReport
 from jobs.runtime import artifacts_directory, connect
-from jobs.train import TrainConfig, make_dataset, make_texts
+from jobs.train import TrainConfig, make_dataset, make_texts, require_needs
 
 TOKENIZER, POOLING = "tokenizer.json", "1_Pooling/config.json"
 TOKENIZER_PARTS = ("normalizer", "pre_tokenizer", "post_processor", "added_tokens")
@@ -49,7 +49,7 @@ class ProbeConfig(Config):
     batch_size: int = Field(default=64, ge=2)
     """Samples of a step."""
     temperature: float = Field(default=0.05, gt=0)
-    """Of InfoNCE, which is what is minimised."""
+    """Of InfoNCE, which is minimised on data without an `objective`."""
     sampling_temperature: float = Field(default=0.0, ge=0, le=1)
     """A dataset weighs (its samples)**sampling_temperature: at 0 all tasks count alike, whatever their size."""
     seed: int = 0
@@ -66,6 +66,11 @@ class ProbeConfig(Config):
             sampling_temperature=self.sampling_temperature,
             seed=self.seed,
         )
+
+    @property
+    def objectives(self) -> list[ObjectiveConfig]:
+        """What is minimised on each dataset."""
+        return [data.objective or self.training.objective for data in self.data]
 
 
 class MergeConfig(Config):
@@ -99,6 +104,7 @@ class MergeConfig(Config):
             raise ValueError(f"weights: {self.weights} add up to {sum(self.weights):g}; expected 1 for linear")
         if self.method == "self_positioning" and not self.probe.data:
             raise ValueError("probe.data: none; Self Positioning searches on it")
+        require_needs("probe.data", self.probe.data, self.probe.training.objective, {})
         return self
 
     @property
@@ -125,6 +131,7 @@ def merge(config: MergeConfig) -> Path:
     probe = make_probe(config, every[-1]) if config.method == "self_positioning" else None
     values = config.model_dump(mode="json", exclude={"output", "models", "base", "probe"})
     values["probe"] = config.probe.model_dump(mode="json", exclude={"data"})
+    values["objectives"] = [objective.model_dump(mode="json") for objective in config.probe.objectives]
     mark = fingerprint(models=marks, probe=mark_of(probe) if probe else None, config=values)
     target = config.directory / "model"
     if is_finished(target, mark):
@@ -189,7 +196,7 @@ def self_positioned(
     """Weights after the search, and the merge weights it found."""
     training = config.probe.training
     model = load_encoder(base_directory, torch.device("cpu"), training)
-    state = start_contrast(model, probe, training)
+    state = start_contrast(model, probe, training, config.probe.objectives)
     optimizer = SelfPositioning(dict(model.named_parameters()), base, models, training.optimizer.learning_rate)
     state.optimizer = optimizer
     report.begin("position", state.total_steps, "steps")

@@ -10,7 +10,7 @@ with a fingerprint of what it was made from; a rerun skips what is finished and 
 from jobs.cli import run_job  # isort: skip (takes jobs/ off sys.path before any library is imported)
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,13 +21,14 @@ import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
 from embedlib.artifact import fingerprint, is_finished, mark_of, model_fingerprint, new_artifact
-from embedlib.batching import TokenIds
+from embedlib.batching import NO_TEXT, TokenIds
 from embedlib.config import Config
 from embedlib.contrastive import ContrastiveConfig, contrast, load_encoder, retrieval_mrr, start_contrast
 from embedlib.corpus import READ_ROWS
 from embedlib.dataset import (
     ANSWERS,
     CACHED,
+    DATASETS,
     GROUPS,
     LABELS,
     SAMPLES,
@@ -43,6 +44,7 @@ from embedlib.embedding import VectorsConfig
 from embedlib.encoder import Encoder
 from embedlib.errors import DataError
 from embedlib.model_directory import read_prompts, write_trained_dimensions
+from embedlib.objective import ObjectiveConfig
 from embedlib.pretrained import pretrained_directory
 from embedlib.sampling import temperature_shares
 from embedlib.sources import rejected_table
@@ -54,6 +56,8 @@ from jobs.trainer import Trained, WorkersConfig, fit, read_history, run_worker, 
 
 VALIDATION = "validation_mrr@10"
 VALIDATION_SAMPLES = 1000
+# Of what stage `texts` writes.
+TEXTS_VERSION = 2
 
 
 class TrainConfig(Config):
@@ -70,9 +74,9 @@ class TrainConfig(Config):
     validation_share: float = Field(default=0.02, gt=0, lt=1)
     """That share of the queries, at most 1000 samples of them."""
     guide: str | None = None
-    """Model whose ratings mask negatives, for objective.guide: hub id or directory."""
+    """Model whose ratings mask negatives, for an objective's guide: hub id or directory."""
     teacher: str | None = None
-    """Model whose vectors are targets, for objective.distil: hub id or directory."""
+    """Model whose vectors are targets, for an objective's distil: hub id or directory."""
     training: ContrastiveConfig = ContrastiveConfig()
     """How it learns."""
     workers: WorkersConfig = WorkersConfig()
@@ -81,30 +85,42 @@ class TrainConfig(Config):
     """Longer texts go to the quarantine, with the samples they are queries or positives of."""
 
     @model_validator(mode="after")
-    def _objective_has_what_it_needs(self) -> Self:
-        objective, every = self.training.objective, self.datasets
-        scores = bool(objective.scores.margin_mse or objective.scores.divergence)
-        for key, wanted, there in (
-            ("guide", objective.guide is not None, self.guide is not None),
-            ("teacher", objective.distil.weight > 0, self.teacher is not None),
-            ("datasets.positive_scores", scores, all(data.positive_scores for data in every)),
-            ("datasets.label", objective.cosent.weight > 0, all(data.label for data in every)),
-            ("datasets.negatives", objective.triplet.weight > 0, all(data.negatives for data in every)),
-        ):
-            if wanted and not there:
-                raise ValueError(f"{key}: none; training.objective has a term that needs it")
-        for key, given, used in (
-            ("guide", self.guide, objective.guide is not None),
-            ("teacher", self.teacher, objective.distil.weight > 0),
-        ):
-            if given and not used:
-                raise ValueError(f"{key}: {given!r}, but training.objective has no term that asks it")
+    def _objectives_have_what_they_need(self) -> Self:
+        models = {"guide": self.guide, "teacher": self.teacher}
+        require_needs("datasets", self.datasets, self.training.objective, models)
+        needs = set[str]().union(*(objective.needs for objective in self.objectives))
+        for key, given in models.items():
+            if given and key not in needs:
+                raise ValueError(f"{key}: {given!r}, but no objective has a term that asks it")
+        if asking := [number for number, data in enumerate(self.validation) if data.objective]:
+            raise ValueError(f"validation.{asking[0]}.objective: expected none; nothing is trained on it")
         return self
 
     @property
     def directory(self) -> Path:
         """Where all that is made lies."""
         return artifacts_directory() / self.output
+
+    @property
+    def objectives(self) -> list[ObjectiveConfig]:
+        """What is asked of the texts of each dataset."""
+        return [data.objective or self.training.objective for data in self.datasets]
+
+
+def require_needs(
+    key: str, datasets: Sequence[TrainingData], default: ObjectiveConfig, models: Mapping[str, str | None]
+) -> None:
+    """ValueError where the objective of a dataset needs a column that it does not name, or a model that is not there.
+
+    The datasets lie at `key` of the configuration; the model as it is needs no naming.
+    """
+    for number, data in enumerate(datasets):
+        where = f"{key}.{number}.objective" if data.objective else "training.objective"
+        for name in sorted((data.objective or default).needs - {"base"}):
+            is_model = name in CACHED
+            if (models.get(name) if is_model else getattr(data, name)) is None:
+                missing = name if is_model else f"{key}.{number}.{name}"
+                raise ValueError(f"{missing}: none; {where} has a term that needs it")
 
 
 class TrainJob(Config):
@@ -118,6 +134,8 @@ class TrainJob(Config):
     """Directory of history.jsonl and of the logs of sample numbers."""
     training: ContrastiveConfig
     """How it learns."""
+    objectives: list[ObjectiveConfig]
+    """What is asked of the texts of each dataset."""
     workers: WorkersConfig
     """How the steps are kept safe."""
 
@@ -130,7 +148,7 @@ def train_worker(values: dict[str, Any]) -> None:
     dtype = resolve_dtype(job.training.dtype, device)
     trained = Trained(
         load_encoder(job.model, device, job.training),
-        start=lambda model: start_contrast(model, dataset, job.training),
+        start=lambda model: start_contrast(model, dataset, job.training, job.objectives),
         steps=lambda state: contrast(state, dataset, job.training),
         validate=lambda state: retrieval_mrr(state.model, validation, dtype),
         metric=VALIDATION,
@@ -156,8 +174,9 @@ def make_texts(config: TrainConfig) -> Path:
     """Stage `texts`: the distinct texts of each prompt, and samples by number; `validation/` those of validation."""
     directory = config.directory / "texts"
     values = {
-        "datasets": [data.model_dump(mode="json") for data in config.datasets],
-        "validation": [data.model_dump(mode="json") for data in config.validation],
+        "version": TEXTS_VERSION,
+        "datasets": [data.model_dump(mode="json", exclude={"objective"}) for data in config.datasets],
+        "validation": [data.model_dump(mode="json", exclude={"objective"}) for data in config.validation],
         "validation_share": config.validation_share,
         "max_characters": config.max_characters,
     }
@@ -203,10 +222,14 @@ def split(found: TrainingTexts, share: float) -> tuple[TrainingTexts, TrainingTe
 def write_texts(directory: Path, found: TrainingTexts) -> None:
     """Texts as one Parquet file a prompt, samples as arrays."""
     directory.mkdir(exist_ok=True)
+    first = 0
     for number, (name, texts) in enumerate(found.texts.items()):
-        table = pa.table({"id": np.arange(len(texts)), "text": texts}).replace_schema_metadata({"prompt": name or ""})
+        ids = np.arange(first, first + len(texts))
+        table = pa.table({"id": ids, "text": texts}).replace_schema_metadata({"prompt": name or ""})
         pq.write_table(table, directory / f"texts-{number}.parquet", compression="zstd")
-    arrays: dict[str, npt.NDArray[Any]] = {SAMPLES: found.samples, GROUPS: found.groups, "weights.npy": found.weights}
+        first += len(texts)
+    arrays: dict[str, npt.NDArray[Any]] = {SAMPLES: found.samples, GROUPS: found.groups, DATASETS: found.datasets}
+    arrays |= {"weights.npy": found.weights}
     arrays |= {SCORES: found.scores} if found.scores is not None else {}
     arrays |= {LABELS: found.labels} if found.labels is not None else {}
     for file, array in arrays.items():
@@ -223,17 +246,37 @@ def prompt_of(file: Path) -> str | None:
     return pq.read_schema(file).metadata[b"prompt"].decode() or None
 
 
-def make_vectors(config: TrainConfig, name: str, model: Path, texts: Path) -> list[Path]:
-    """Stages `vectors/<name>-<n>`: a model's vector of every text, a directory for each file of stage `texts`."""
-    files = text_files(texts)
+def texts_of(texts: Path, datasets: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Numbers of the texts of stage `texts` that the samples of some datasets are made of, ascending."""
+    of_sample = np.load(texts / DATASETS)[np.load(texts / GROUPS)]
+    used = np.load(texts / SAMPLES, mmap_mode="r")[np.isin(of_sample, datasets)]
+    return np.asarray(np.unique(used[used != NO_TEXT]), np.int64)
+
+
+def make_vectors(
+    config: TrainConfig, name: str, model: Path, texts: Path, wanted: npt.NDArray[np.int64] | None
+) -> list[Path]:
+    """Stages `vectors/<name>-<n>`: a model's vectors, a directory for each file of stage `texts` that has some wanted.
+
+    None `wanted` by number: those of all texts.
+    """
     named = read_prompts(model)
+    directory = config.directory / "vectors"
+    directory.mkdir(exist_ok=True)
     jobs = []
-    for number, file in enumerate(files):
+    for number, file in enumerate(text_files(texts)):
         prompt = prompt_of(file)
+        if wanted is not None:
+            table = pq.read_table(file)
+            table = table.filter(np.isin(table["id"].to_numpy(), wanted))
+            if not len(table):
+                continue
+            file = directory / f"{name}-{number}.parquet"
+            pq.write_table(table, file, compression="zstd")
         jobs.append(
             EmbedConfig(
                 input=str(file),
-                output=str(config.directory / "vectors" / f"{name}-{number}"),
+                output=str(directory / f"{name}-{number}"),
                 model=str(model),
                 prompts=[prompt] if prompt in named else [],
                 vectors=VectorsConfig(normalise=True),
@@ -245,25 +288,29 @@ def make_vectors(config: TrainConfig, name: str, model: Path, texts: Path) -> li
 def make_dataset(config: TrainConfig, models: dict[str, Path], marks: dict[str, str], texts: Path) -> Path:
     """Stage `dataset`: token ids, samples and cached vectors as arrays; the same, without vectors, for validation."""
     directory = config.directory / "dataset"
-    objective = config.training.objective
-    wanted = {
-        "guide": objective.guide is not None,
-        "teacher": objective.distil.weight > 0,
-        "base": objective.anchor > 0,
+    needs = set[str]().union(*(objective.needs for objective in config.objectives))
+    sources = {name: "model" if name == "base" else name for name in CACHED if name in needs}
+    asking = {
+        name: [number for number, objective in enumerate(config.objectives) if name in objective.needs]
+        for name in sources
     }
-    sources = {name: "model" if name == "base" else name for name in CACHED if wanted[name]}
-    values = {"sampling_temperature": config.training.sampling_temperature, "vectors": sorted(sources)}
+    values = {"sampling_temperature": config.training.sampling_temperature, "vectors": asking}
     parents = {"texts": mark_of(texts), "model": marks["model"]} | {name: marks[of] for name, of in sources.items()}
     mark = fingerprint(**parents, config=values)
     if is_finished(directory, mark):
         return directory
-    vectors = {name: make_vectors(config, name, models[of], texts) for name, of in sources.items()}
+    # What no objective asks for is not computed: a teacher may cost more than the training.
+    wanted = {
+        name: None if len(numbers) == len(config.datasets) else texts_of(texts, numbers)
+        for name, numbers in asking.items()
+    }
+    vectors = {name: make_vectors(config, name, models[of], texts, wanted[name]) for name, of in sources.items()}
     encoder = Encoder.load(models["model"])
     with new_artifact(directory, "dataset", mark, parents=parents, config=values) as (scratch, measurements):
         measurements["tokens"] = write_samples(scratch, texts, encoder, config.training.sampling_temperature)
         write_samples(scratch / "validation", texts / "validation", encoder, 1.0)
         for name, directories in vectors.items():
-            write_cached(scratch / name, texts, directories)
+            write_cached(scratch / name, texts, directories, wanted[name])
     return directory
 
 
@@ -280,7 +327,7 @@ def write_samples(directory: Path, texts: Path, encoder: Encoder, temperature: f
     shares[there] = temperature_shares(sizes[there], weights[there], temperature)
     np.save(directory / SHARES, shares)
     np.save(directory / ANSWERS, several_answers(np.load(texts / SAMPLES, mmap_mode="r")))
-    for file in (SAMPLES, GROUPS, SCORES, LABELS):
+    for file in (SAMPLES, GROUPS, DATASETS, SCORES, LABELS):
         if (texts / file).exists():
             shutil.copyfile(texts / file, directory / file)
     return int(np.load(directory / "offsets.npy", mmap_mode="r")[-1])
@@ -293,25 +340,19 @@ def tokenised(encoder: Encoder, file: Path) -> Iterator[list[TokenIds]]:
         yield encoder.tokenise(batch["text"].to_pylist(), prompt)
 
 
-def write_cached(directory: Path, texts: Path, vectors: list[Path]) -> None:
-    """A model's vectors of all texts as one array, those of each file after those of the one before."""
-    files = text_files(texts)
-    sizes = [pq.read_metadata(file).num_rows for file in files]
-    firsts = np.cumsum([0, *sizes])
+def write_cached(directory: Path, texts: Path, vectors: list[Path], wanted: npt.NDArray[np.int64] | None) -> None:
+    """A model's vectors of all texts as one array; zeros where they are not wanted."""
+    total = sum(pq.read_metadata(file).num_rows for file in text_files(texts))
     directory.mkdir()
     dim = next(read_parts(vectors[0]))[1].shape[1]
-    rows = (
-        (first + ids, part)
-        for first, of_file in zip(firsts, vectors, strict=False)
-        for ids, part in read_parts(of_file)
-    )
-    write_vectors(directory, int(firsts[-1]), dim, rows)
+    write_vectors(directory, total, dim, (rows for each in vectors for rows in read_parts(each)), wanted)
 
 
 def make_model(config: TrainConfig, initial: Path, initial_mark: str, dataset: Path) -> Path:
     """Stages `training` and `model`: the steps on Ray Train, then the trained model's directory."""
     directory = config.directory / "model"
-    values = config.training.model_dump(mode="json")
+    values = config.training.model_dump(mode="json", exclude={"objective"})
+    values["objectives"] = [objective.model_dump(mode="json") for objective in config.objectives]
     parents = {"model": initial_mark, "dataset": mark_of(dataset)}
     mark = fingerprint(**parents, config=values, patience=config.workers.patience)
     if is_finished(directory, mark):
@@ -319,13 +360,22 @@ def make_model(config: TrainConfig, initial: Path, initial_mark: str, dataset: P
     run = config.directory / "training" / mark[:12]
     log = run / "log"
     log.mkdir(parents=True, exist_ok=True)
-    job = TrainJob(model=initial, dataset=dataset, log=log, training=config.training, workers=config.workers)
+    job = TrainJob(
+        model=initial,
+        dataset=dataset,
+        log=log,
+        training=config.training,
+        objectives=config.objectives,
+        workers=config.workers,
+    )
     samples = len(np.load(dataset / SAMPLES, mmap_mode="r"))
     weights, state = fit(train_worker, job, config.workers, run, min(config.training.batch_size, samples), VALIDATION)
     kept = config.model_dump(mode="json")
     with new_artifact(directory, "model", mark, parents=parents, config=kept) as (scratch, measurements):
         write_trained(scratch, initial, state["averaged"] or weights)
-        write_trained_dimensions(scratch, config.training.objective.dimensions)
+        # Only what is asked of all texts holds of the model.
+        asked = [set(objective.dimensions) for objective in config.objectives]
+        write_trained_dimensions(scratch, set.intersection(*asked))
         measurements |= read_history(log, VALIDATION)
     return directory
 

@@ -1,6 +1,7 @@
 """The contrastive loop: cut, replayed, shared among processes or resumed, it is the loop over whole batches."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from embedlib.contrastive import (
 )
 from embedlib.dataset import ContrastiveSet
 from embedlib.errors import ConfigError
+from embedlib.objective import ObjectiveConfig
 from embedlib.training import TrainState
 
 CPU = torch.device("cpu")
@@ -86,18 +88,47 @@ def config_for(objective: str, **values: Any) -> ContrastiveConfig:
 
 
 CONFIGS = {name: config_for(name) for name in OBJECTIVES} | {
-    "frozen": config_for("plain", optimizer={"learning_rate": 1e-3, "frozen_blocks": 2, "max_grad_norm": 1e9})
+    "frozen": config_for("plain", optimizer={"learning_rate": 1e-3, "frozen_blocks": 2, "max_grad_norm": 1e9}),
+    "mixed": config_for("plain"),
 }
+# Bitext with a teacher and an anchor, and graded pairs.
+MIXED = [
+    ObjectiveConfig.model_validate({"distil": {"weight": 0.5, "two_views": True}, "anchor": 0.3, "dimensions": [16]}),
+    ObjectiveConfig.model_validate({"info_nce": {"weight": 0}, "cosent": {"weight": 1}}),
+]
 
 
-def run(encoder: Path, config: ContrastiveConfig) -> dict[str, Any]:
+def changed(samples: ContrastiveSet, **values: Any) -> ContrastiveSet:
+    return ContrastiveSet(**samples._asdict() | values)
+
+
+def mixed_dataset() -> ContrastiveSet:
+    """Two datasets: one knows nothing of labels and scores, the other has labels alone."""
+    samples = dataset()
+    assert samples.labels is not None
+    return changed(
+        samples,
+        groups=np.repeat([0, 1], 11),
+        shares=np.ones(2),
+        datasets=np.array([0, 1]),
+        scores=None,
+        labels=np.where(np.arange(22) < 11, np.nan, samples.labels).astype(np.float32),
+    )
+
+
+def run(
+    encoder: Path,
+    config: ContrastiveConfig,
+    samples: ContrastiveSet | None = None,
+    objectives: Sequence[ObjectiveConfig] = (),
+) -> dict[str, Any]:
     """Train; each step's loss and gradients, and the weights in the end."""
     torch.manual_seed(0)
     plain = load_encoder(encoder, CPU, config)
     model = DistributedDataParallel(plain) if world_size() > 1 else plain
-    samples = dataset()
+    samples = samples or dataset()
     torch.manual_seed(1)  # of the projections, which all processes must begin with alike
-    state = start_contrast(model, samples, config)
+    state = start_contrast(model, samples, config, objectives)
     gradients: list[dict[str, torch.Tensor]] = []
 
     def note(*_: Any) -> None:
@@ -113,6 +144,9 @@ def run(encoder: Path, config: ContrastiveConfig) -> dict[str, Any]:
         "weights": {name: weights.clone() for name, weights in plain.state_dict().items()},
         "mrr": retrieval_mrr(model, samples, torch.float32),
     }
+
+
+MORE: dict[str, tuple[ContrastiveSet, list[ObjectiveConfig]]] = {"mixed": (mixed_dataset(), MIXED)}
 
 
 def assert_alike(found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -141,6 +175,35 @@ def test_a_batch_embedded_twice_has_the_gradient_of_the_whole(
     assert len(whole["losses"]) == 4
 
 
+def test_datasets_that_ask_the_same_ask_it_with_one_voice(tiny_encoder: Path) -> None:
+    config = config_for("everything")
+    samples = changed(dataset(), groups=np.repeat([0, 1], 11), shares=np.ones(2), datasets=np.array([0, 1]))
+    single, each = (run(tiny_encoder, config, samples, own) for own in ((), [config.objective] * 2))
+    assert each["losses"] == single["losses"]
+    for here, there in zip(each["gradients"], single["gradients"], strict=True):
+        assert here.keys() == there.keys()
+        assert all(torch.equal(here[name], there[name]) for name in there)
+
+
+def test_a_batch_is_asked_what_its_dataset_asks(tiny_encoder: Path) -> None:
+    seen = set()
+    # Steps of rate 0: so a batch's loss does not depend on those before.
+    config = config_for("plain", optimizer={"learning_rate": 1e-12, "max_grad_norm": 1e9, "weight_decay": 0})
+    mixed = run(tiny_encoder, config, mixed_dataset(), MIXED)
+    for number, objective in enumerate(MIXED):
+        samples = mixed_dataset()
+        same = run(tiny_encoder, config, changed(samples, labels=dataset().labels), [objective, objective])
+        for step, ids in enumerate(mixed["ids"]):
+            if samples.datasets_of(np.array(ids))[0] == number:
+                assert mixed["losses"][step] == pytest.approx(same["losses"][step], rel=1e-5)
+                assert number or "projections.16.weight" in mixed["gradients"][step]
+                seen.add(number)
+            else:
+                assert mixed["losses"][step] != pytest.approx(same["losses"][step], rel=1e-3)
+    assert seen == {0, 1}
+    assert all(gradient.isfinite().all() for step in mixed["gradients"] for gradient in step.values())
+
+
 def test_dropout_drops(tiny_encoder: Path) -> None:
     on, off = (run(tiny_encoder, config_for("plain", dropout=dropout)) for dropout in (True, False))
     assert abs(on["losses"][0] - off["losses"][0]) > 1e-4
@@ -154,7 +217,7 @@ def work(number: int, folder: Path, encoder: Path) -> None:
     for name, config in CONFIGS.items():
         for tokens in (10**6, 0):
             training.WHOLE_GRAPH_TOKENS = tokens
-            found[name, tokens] = run(encoder, config)
+            found[name, tokens] = run(encoder, config, *MORE.get(name, ()))
     torch.save(found, folder / f"{number}.pt")
     distributed.destroy_process_group()
 
@@ -163,7 +226,7 @@ def test_two_processes_are_one_on_the_joined_batch(tiny_encoder: Path, tmp_path:
     multiprocessing.spawn(work, (tmp_path, tiny_encoder), nprocs=2)
     first, second = (torch.load(tmp_path / f"{number}.pt", weights_only=False) for number in range(2))
     for name, tokens in first:
-        alone = run(tiny_encoder, CONFIGS[name])
+        alone = run(tiny_encoder, CONFIGS[name], *MORE.get(name, ()))
         here, there = first[name, tokens], second[name, tokens]
         joined = here | {"losses": [a + b for a, b in zip(here["losses"], there["losses"], strict=True)]}
         assert_alike(joined, alone)
@@ -175,18 +238,21 @@ def test_two_processes_are_one_on_the_joined_batch(tiny_encoder: Path, tmp_path:
         assert here["mrr"] == there["mrr"] == pytest.approx(alone["mrr"], abs=1e-6)
 
 
+@pytest.mark.parametrize("name", ["everything", "mixed"])
 @pytest.mark.parametrize("cut", [1, 3])
-def test_a_run_cut_off_goes_on_bitwise(tiny_encoder: Path, cut: int) -> None:
-    config = config_for("everything", dropout=True, optimizer={"learning_rate": 1e-3, "average": 0.9})
+def test_a_run_cut_off_goes_on_bitwise(tiny_encoder: Path, cut: int, name: str) -> None:
+    values = {"dropout": True, "optimizer": {"learning_rate": 1e-3, "average": 0.9}}
+    config = config_for("plain" if name in MORE else name, **values)
+    samples, objectives = MORE.get(name, (dataset(), []))
 
     def begin() -> TrainState:
         torch.manual_seed(0)
         model = load_encoder(tiny_encoder, CPU, config)
-        return start_contrast(model, dataset(), config)
+        return start_contrast(model, samples, config, objectives)
 
     def go(state: TrainState, most: int) -> list[float]:
         losses = []
-        for step in contrast(state, dataset(), config):
+        for step in contrast(state, samples, config):
             losses.append(step.result.loss)
             if len(losses) == most:
                 break

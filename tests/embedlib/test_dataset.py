@@ -61,6 +61,16 @@ def test_missing_and_repeated_ids_are_refused(tmp_path: Path, ids: list[int], mi
         write_vectors(tmp_path, 5, 6, [(np.array([row]), VECTORS[[row]]) for row in ids])
 
 
+def test_vectors_that_are_not_wanted_are_zeros(tmp_path: Path) -> None:
+    wanted = np.array([1, 4])
+    write_vectors(tmp_path, 5, 6, [(wanted, VECTORS[wanted])], wanted)
+    found = np.load(tmp_path / "vectors.npy")
+    assert np.array_equal(found[wanted], VECTORS[wanted])
+    assert not found[[0, 2, 3]].any()
+    with pytest.raises(DataError, match="1 missing, 0 repeated"):
+        write_vectors(tmp_path, 5, 6, [(wanted[:1], VECTORS[wanted[:1]])], wanted)
+
+
 def test_a_batch_knows_what_else_answers_its_queries() -> None:
     samples = np.array([[0, 10], [0, 11], [1, 11], [2, 12], [2, 13], [2, 12]])
     answers = several_answers(samples)

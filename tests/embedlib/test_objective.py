@@ -10,7 +10,7 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from torch.nn import functional
 
 from embedlib.errors import ConfigError
-from embedlib.objective import Objective, ObjectiveConfig, Samples
+from embedlib.objective import Objective, ObjectiveConfig, Objectives, Samples
 
 # Two samples over six texts: queries 0 and 1, positives 2 and 3, negatives 4, 5 and 4.
 SAMPLES = Samples(torch.tensor([0, 1]), torch.tensor([2, 3]), torch.tensor([[4, 5], [4, -1]]))
@@ -19,7 +19,7 @@ WHOLE = slice(0, 2)
 
 
 def objective(**values: object) -> Callable[[torch.Tensor, Samples, slice], torch.Tensor]:
-    return partial(losses, Objective(ObjectiveConfig.model_validate(values), 8))
+    return partial(losses, Objectives([ObjectiveConfig.model_validate(values)], 8).of_datasets[0])
 
 
 def losses(module: Objective, vectors: torch.Tensor, samples: Samples, rows: slice) -> torch.Tensor:
@@ -78,12 +78,14 @@ def test_two_views_have_the_query_s_vector_for_target() -> None:
 
 def test_a_teacher_of_another_width_has_a_projection_a_prefix() -> None:
     settings = ObjectiveConfig.model_validate({"info_nce": {"weight": 0}, "distil": {"weight": 1}, "dimensions": [4]})
-    module = Objective(settings, 8, teacher_dim=5)
+    plain = ObjectiveConfig(dimensions=[2])
+    module = Objectives([plain, settings, settings], 8, teacher_dim=5)
+    # One for all that ask for it, none for a prefix that nothing is distilled into.
     assert {name: weight.shape for name, weight in module.named_parameters()} == {
         "projections.8.weight": (5, 8),
         "projections.4.weight": (5, 4),
     }
-    losses(module, VECTORS, SAMPLES._replace(teacher=torch.randn(6, 5)), WHOLE).sum().backward()
+    losses(module.of_datasets[2], VECTORS, SAMPLES._replace(teacher=torch.randn(6, 5)), WHOLE).sum().backward()
     assert all(weight.grad is not None and weight.grad.any() for weight in module.parameters())
 
 
@@ -172,5 +174,5 @@ def test_a_query_is_not_its_own_negative() -> None:
 
 
 def test_a_prefix_wider_than_the_vectors_is_refused() -> None:
-    with pytest.raises(ConfigError, match="dimensions: 16"):
-        objective(dimensions=[16])
+    with pytest.raises(ConfigError, match=r"dimensions: 16 \(datasets.1\); the model's vectors have 8"):
+        Objectives([ObjectiveConfig(), ObjectiveConfig(dimensions=[16])], 8)

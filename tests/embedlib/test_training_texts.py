@@ -49,6 +49,7 @@ def test_pairs_triplets_and_mined_negatives_are_one(tmp_path: Path) -> None:
     ]
     assert found.group_names == ["0:de", "0:fr", "1:", "2:"]
     assert found.groups.tolist() == [0, 1, 2, 3, 3, 3]
+    assert found.datasets.tolist() == [0, 0, 1, 2]
     assert found.weights.tolist() == [1, 1, 2, 1]
     assert found.scores is None
     assert found.labels is None
@@ -96,6 +97,25 @@ def test_scores_follow_the_negatives_that_are_kept(tmp_path: Path) -> None:
         ["document:n1"],
         ["document:n1"],
     ]
+
+
+def test_what_one_dataset_does_not_know_is_nan(tmp_path: Path) -> None:
+    pairs = written(tmp_path / "pairs.parquet", query=["a", "b"], positive=["A", "B"])
+    graded = written(tmp_path / "graded.parquet", query=["c"], positive=["C"], gold=[0.5])
+    rated = written(tmp_path / "rated.parquet", query=["d"], positive=["D"], s=[0.9], negatives=[["n"]], t=[[0.1]])
+    found = read_training_texts(
+        [
+            TrainingData(path=pairs),
+            TrainingData(path=graded, label="gold"),
+            TrainingData(path=rated, positive_scores="s", negatives="negatives", negative_scores="t"),
+        ],
+        100,
+    )
+    nan = np.nan
+    assert found.labels is not None
+    assert found.scores is not None
+    np.testing.assert_allclose(found.labels, [nan, nan, 0.5, nan])
+    np.testing.assert_allclose(found.scores, [[nan, nan], [nan, nan], [nan, nan], [0.9, 0.1]])
 
 
 def test_broken_rows_are_told_and_the_rest_is_kept(tmp_path: Path) -> None:

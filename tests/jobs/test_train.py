@@ -141,11 +141,14 @@ def test_training_ends_early_and_keeps_the_best(tmp_path: Path, tiny_encoder: Pa
         ({"guide": None}, "guide: none"),
         ({"teacher": "b"}, "teacher: 'b', but"),
         ({"training": {"objective": {"distil": {"weight": 1.0}}}}, "teacher: none"),
-        ({"training": {"objective": {"scores": {"margin_mse": 1.0}}}}, "datasets.positive_scores: none"),
+        (
+            {"training": {"objective": {"scores": {"margin_mse": 1.0}}}},
+            "datasets.0.positive_scores: none; training.objective",
+        ),
         ({"training": {"objective": {"cosent": {"weight": 1.0}}}}, "info_nce would contrast pairs of whatever label"),
         (
             {"training": {"objective": {"cosent": {"weight": 1.0}, "info_nce": {"weight": 0.0}}}},
-            "datasets.label: none",
+            "datasets.0.label: none",
         ),
     ],
 )
