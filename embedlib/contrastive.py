@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import nn
 from torch.nn import functional
 
-from embedlib.batching import token_budget_batches
+from embedlib.batching import NO_TEXT, token_budget_batches
 from embedlib.collectives import all_gather_rows, rank, world_size
 from embedlib.config import Config
 from embedlib.dataset import ContrastiveSet
@@ -23,6 +23,7 @@ from embedlib.distillation import (
     resolve_dtype,
     unwrapped,
 )
+from embedlib.metrics import spearman
 from embedlib.objective import Objective, ObjectiveConfig, Objectives, Samples
 from embedlib.sampling import BatchPlan
 from embedlib.torch_model import SentenceVectors
@@ -142,13 +143,52 @@ def batches_after(plan: BatchPlan, step: int, epochs: int) -> Iterator[npt.NDArr
         step = max(0, step - len(batches))
 
 
+def validation_metric(dataset: ContrastiveSet) -> str:
+    """Name of what `validation_score` is, which depends on whether all datasets, some or none have labels."""
+    if dataset.graded.all():
+        return "validation_spearman"
+    return "validation_mean_of_mrr@10_and_spearman" if dataset.graded.any() else "validation_mrr@10"
+
+
+def validation_score(model: nn.Module, dataset: ContrastiveSet, dtype: torch.dtype) -> float:
+    """Mean of `scores_by_dataset`: each dataset counts alike, whatever its size."""
+    scores = scores_by_dataset(model, dataset, dtype).values()
+    return sum(scores) / len(scores)
+
+
 @torch.inference_mode()
-def retrieval_mrr(model: nn.Module, dataset: ContrastiveSet, dtype: torch.dtype) -> float:
-    """Mean reciprocal rank, to depth 10, of the first of a query's positives among all positives and negatives."""
+def scores_by_dataset(model: nn.Module, dataset: ContrastiveSet, dtype: torch.dtype) -> dict[int, float]:
+    """How good the vectors are for each dataset, by its number.
+
+    Spearman correlation of cosines and labels where it has labels, of all its pairs together; else `retrieval_mrr`.
+    """
+    used, vectors = unit_vectors(model, dataset, dtype)
+    samples = np.where(dataset.samples == NO_TEXT, NO_TEXT, np.searchsorted(used, dataset.samples))
+    numbers = dataset.datasets_of(np.arange(len(dataset)))
+    scores = {}
+    for number in np.unique(numbers).tolist():
+        rows = np.flatnonzero(numbers == number)
+        if dataset.labels is not None and dataset.graded[rows].all():
+            queries, positives = (vectors[samples[rows, column]] for column in (0, 1))
+            cosines = (queries * positives).sum(dim=-1).cpu().numpy()
+            # A model that gives every text the same vector orders nothing.
+            scores[number] = spearman(cosines, dataset.labels[rows]) if np.ptp(cosines) else 0.0
+        else:
+            scores[number] = retrieval_mrr(vectors, samples[rows])
+    return scores
+
+
+def unit_vectors(
+    model: nn.Module, dataset: ContrastiveSet, dtype: torch.dtype
+) -> tuple[npt.NDArray[np.int64], torch.Tensor]:
+    """Numbers (texts,) of the texts that samples are made of, ascending, and their unit vectors (texts, dim).
+
+    Every process embeds its share and has those of all.
+    """
     device = next(model.parameters()).device
     encoder = unwrapped(model)
     training, _ = encoder.training, encoder.eval()
-    used = np.unique(dataset.samples[dataset.samples >= 0])
+    used = np.unique(dataset.samples[dataset.samples != NO_TEXT])
     mine = used[rank() :: world_size()]
     parts, order = [torch.empty(0, int(encoder.model.get_embedding_dimension() or 0), device=device)], []
     for part in token_budget_batches(dataset.lengths(mine), CPU_MICRO_BATCH_TOKENS):
@@ -161,20 +201,25 @@ def retrieval_mrr(model: nn.Module, dataset: ContrastiveSet, dtype: torch.dtype)
     encoder.train(training)
     gathered, _ = all_gather_rows(own)
     numbers = np.concatenate([used[number :: world_size()] for number in range(world_size())])
-    vectors = gathered[np.argsort(numbers)]
-    queries, positives = (np.searchsorted(used, dataset.samples[:, column]) for column in (0, 1))
-    documents = np.unique(np.concatenate([dataset.samples[:, 1], dataset.samples[:, 2:].ravel()]))
-    documents = np.searchsorted(used, documents[documents >= 0])
-    distinct, of_query = np.unique(queries, return_inverse=True)
+    return used, gathered[np.argsort(numbers)]
+
+
+def retrieval_mrr(vectors: torch.Tensor, samples: npt.NDArray[np.int64]) -> float:
+    """Mean reciprocal rank, to depth 10, of the first of a query's positives among all positives and negatives.
+
+    `vectors` (texts, dim) are unit vectors, `samples` (samples, 2 + most negatives) numbers of texts.
+    """
+    documents = np.unique(samples[:, 1:][samples[:, 1:] != NO_TEXT])
+    distinct, of_query = np.unique(samples[:, 0], return_inverse=True)
     total = 0.0
     for first in range(0, len(distinct), RANKED_QUERIES):
         some = slice(first, min(first + RANKED_QUERIES, len(distinct)))
         scores = vectors[distinct[some]] @ vectors[documents].T
         answers = torch.zeros_like(scores, dtype=torch.bool)
         there = (of_query >= some.start) & (of_query < some.stop)
-        answers[of_query[there] - some.start, np.searchsorted(documents, positives[there])] = True
+        answers[of_query[there] - some.start, np.searchsorted(documents, samples[there, 1])] = True
         best = scores.masked_fill(~answers, -torch.inf).max(dim=1, keepdim=True).values
         # What is not below the answer stands before it: a model that gives every text the same vector finds none.
         ranks = 1 + (~(scores < best) & ~answers).sum(dim=1)
-        total += float((1 / ranks).where(ranks <= MRR_DEPTH, torch.zeros(1, device=device)).sum())
+        total += float((1 / ranks).where(ranks <= MRR_DEPTH, torch.zeros(1, device=vectors.device)).sum())
     return total / len(distinct)

@@ -115,6 +115,11 @@ class ContrastiveSet(NamedTuple):
         """Number of datasets."""
         return 1 if self.datasets is None else int(self.datasets.max()) + 1
 
+    @property
+    def graded(self) -> npt.NDArray[np.bool_]:
+        """(num_samples,) whether each sample has a label."""
+        return np.zeros(len(self), np.bool_) if self.labels is None else np.isfinite(self.labels)
+
     def datasets_of(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Number of the dataset of each of the samples `rows`."""
         return np.zeros(len(rows), np.int64) if self.datasets is None else self.datasets[self.groups[rows]]

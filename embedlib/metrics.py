@@ -51,7 +51,7 @@ def similarity_spearman(student: Vectors, teacher: Vectors, max_texts: int = 200
         student, teacher = student[drawn], teacher[drawn]
     pairs = np.triu_indices(len(student), k=1)
     student, teacher = _unit_rows(student, "student"), _unit_rows(teacher, "teacher")
-    return _spearman((student @ student.T)[pairs], (teacher @ teacher.T)[pairs])
+    return spearman((student @ student.T)[pairs], (teacher @ teacher.T)[pairs])
 
 
 def bitext_accuracy(source: Vectors, target: Vectors) -> float:
@@ -72,7 +72,7 @@ def sts_spearman(a: Vectors, b: Vectors, gold: npt.ArrayLike) -> float:
     _require_equal(scores.shape, cosines.shape, "gold scores", "pairs")
     if not np.isfinite(scores).all():
         raise DataError(f"gold scores: row {int(np.argmin(np.isfinite(scores)))} is not finite")
-    return _spearman(cosines, scores)
+    return spearman(cosines, scores)
 
 
 def _k_nearest(vectors: Vectors, k: int) -> npt.NDArray[np.intp]:
@@ -90,7 +90,8 @@ def _nearest(queries: Vectors, candidates: Vectors) -> npt.NDArray[np.intp]:
     return np.concatenate([(queries[row : row + BLOCK_ROWS] @ candidates.T).argmax(axis=1) for row in blocks])
 
 
-def _spearman(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float:
+def spearman(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float:
+    """Spearman correlation, in [-1, 1], of two series of values."""
     if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
         raise DataError(f"Spearman correlation of {len(a)} values: undefined; expected at least two that differ")
     from scipy.stats import spearmanr  # two seconds of every replica's start

@@ -23,7 +23,14 @@ from pydantic import Field, model_validator
 from embedlib.artifact import fingerprint, is_finished, mark_of, model_fingerprint, new_artifact
 from embedlib.batching import NO_TEXT, TokenIds
 from embedlib.config import Config
-from embedlib.contrastive import ContrastiveConfig, contrast, load_encoder, retrieval_mrr, start_contrast
+from embedlib.contrastive import (
+    ContrastiveConfig,
+    contrast,
+    load_encoder,
+    start_contrast,
+    validation_metric,
+    validation_score,
+)
 from embedlib.corpus import READ_ROWS
 from embedlib.dataset import (
     ANSWERS,
@@ -54,7 +61,6 @@ from jobs.parts import content_mark
 from jobs.runtime import artifacts_directory, connect
 from jobs.trainer import Trained, WorkersConfig, fit, read_history, run_worker, start_worker
 
-VALIDATION = "validation_mrr@10"
 VALIDATION_SAMPLES = 1000
 # Of what stage `texts` writes.
 TEXTS_VERSION = 2
@@ -70,9 +76,10 @@ class TrainConfig(Config):
     datasets: list[TrainingData] = Field(min_length=1)
     """What it is trained on."""
     validation: list[TrainingData] = Field(default_factory=list)
-    """What decides how good it is; none: a share of the datasets, which is not trained on."""
+    """What decides how good it is: by Spearman where it has labels, else by MRR@10, the mean over them; none: a share
+    of each of the datasets, which is not trained on."""
     validation_share: float = Field(default=0.02, gt=0, lt=1)
-    """That share of the queries, at most 1000 samples of them."""
+    """That share of the queries, at most 1000 of all datasets together."""
     guide: str | None = None
     """Model whose ratings mask negatives, for an objective's guide: hub id or directory."""
     teacher: str | None = None
@@ -150,8 +157,8 @@ def train_worker(values: dict[str, Any]) -> None:
         load_encoder(job.model, device, job.training),
         start=lambda model: start_contrast(model, dataset, job.training, job.objectives),
         steps=lambda state: contrast(state, dataset, job.training),
-        validate=lambda state: retrieval_mrr(state.model, validation, dtype),
-        metric=VALIDATION,
+        validate=lambda state: validation_score(state.model, validation, dtype),
+        metric=validation_metric(validation),
     )
     run_worker(trained, job.workers, job.log, "train")
 
@@ -192,6 +199,7 @@ def make_texts(config: TrainConfig) -> Path:
             found.rejected.extend(apart.rejected)
         else:
             found, apart = split(found, config.validation_share)
+        require_order("validation" if config.validation else "datasets", apart)
         for target, part in ((scratch, found), (scratch / "validation", apart)):
             write_texts(target, part)
         if found.rejected:
@@ -207,16 +215,38 @@ def make_texts(config: TrainConfig) -> Path:
 
 
 def split(found: TrainingTexts, share: float) -> tuple[TrainingTexts, TrainingTexts]:
-    """Samples to train on and to validate on, which have no query in common."""
-    queries = np.unique(found.samples[:, 0])
-    num_apart = max(1, min(round(share * len(queries)), VALIDATION_SAMPLES))
-    if len(queries) <= num_apart:
-        raise DataError(
-            f"datasets: {len(queries)} distinct queries; expected more than {num_apart}, kept for validation"
-        )
-    held = np.random.default_rng(0).choice(queries, num_apart, replace=False)
-    is_apart = np.isin(found.samples[:, 0], held)
+    """Samples to train on and to validate on, some of every dataset, which have no query in common."""
+    of_sample = found.datasets[found.groups]
+    numbers = np.unique(of_sample)
+    most = max(1, VALIDATION_SAMPLES // len(numbers))
+    rng = np.random.default_rng(0)
+    held = []
+    for number in numbers:
+        queries = np.unique(found.samples[of_sample == number, 0])
+        num_apart = max(1, min(round(share * len(queries)), most))
+        if len(queries) <= num_apart:
+            raise DataError(
+                f"datasets.{number}: {len(queries)} distinct queries; expected more than {num_apart}, kept for "
+                "validation"
+            )
+        held.append(rng.choice(queries, num_apart, replace=False))
+    is_apart = np.isin(found.samples[:, 0], np.concatenate(held))
     return found.taken(~is_apart), found.taken(is_apart).without_idle_texts()
+
+
+def require_order(key: str, apart: TrainingTexts) -> None:
+    """DataError where labels of a validation dataset, at `key` of the configuration, are all the same."""
+    if apart.labels is None:
+        return
+    of_sample = apart.datasets[apart.groups]
+    for number in np.unique(of_sample):
+        labels = apart.labels[of_sample == number]
+        # What has no labels has nan.
+        if len(np.unique(labels)) == 1 and np.isfinite(labels[0]):
+            raise DataError(
+                f"{key}.{number}.label: {labels[0]:g} for all {len(labels)} pairs of validation; expected some that "
+                "differ, to rank pairs by"
+            )
 
 
 def write_texts(directory: Path, found: TrainingTexts) -> None:
@@ -369,14 +399,15 @@ def make_model(config: TrainConfig, initial: Path, initial_mark: str, dataset: P
         workers=config.workers,
     )
     samples = len(np.load(dataset / SAMPLES, mmap_mode="r"))
-    weights, state = fit(train_worker, job, config.workers, run, min(config.training.batch_size, samples), VALIDATION)
+    metric = validation_metric(ContrastiveSet.open(dataset / "validation"))
+    weights, state = fit(train_worker, job, config.workers, run, min(config.training.batch_size, samples), metric)
     kept = config.model_dump(mode="json")
     with new_artifact(directory, "model", mark, parents=parents, config=kept) as (scratch, measurements):
         write_trained(scratch, initial, state["averaged"] or weights)
         # Only what is asked of all texts holds of the model.
         asked = [set(objective.dimensions) for objective in config.objectives]
         write_trained_dimensions(scratch, set.intersection(*asked))
-        measurements |= read_history(log, VALIDATION)
+        measurements |= read_history(log, metric)
     return directory
 
 

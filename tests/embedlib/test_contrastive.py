@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 from torch import distributed, multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,8 +20,10 @@ from embedlib.contrastive import (
     batches_after,
     contrast,
     load_encoder,
-    retrieval_mrr,
+    scores_by_dataset,
     start_contrast,
+    validation_metric,
+    validation_score,
 )
 from embedlib.dataset import ContrastiveSet
 from embedlib.errors import ConfigError
@@ -98,8 +101,8 @@ MIXED = [
 ]
 
 
-def changed(samples: ContrastiveSet, **values: Any) -> ContrastiveSet:
-    return ContrastiveSet(**samples._asdict() | values)
+def changed(whole: ContrastiveSet, /, **values: Any) -> ContrastiveSet:
+    return ContrastiveSet(**whole._asdict() | values)
 
 
 def mixed_dataset() -> ContrastiveSet:
@@ -142,7 +145,7 @@ def run(
         "ids": [step.ids for step in steps],
         "gradients": gradients,
         "weights": {name: weights.clone() for name, weights in plain.state_dict().items()},
-        "mrr": retrieval_mrr(model, samples, torch.float32),
+        "score": validation_score(model, samples, torch.float32),
     }
 
 
@@ -235,7 +238,7 @@ def test_two_processes_are_one_on_the_joined_batch(tiny_encoder: Path, tmp_path:
         ]
         for name, weights in here["weights"].items():
             assert torch.equal(weights, there["weights"][name])
-        assert here["mrr"] == there["mrr"] == pytest.approx(alone["mrr"], abs=1e-6)
+        assert here["score"] == there["score"] == pytest.approx(alone["score"], abs=1e-2)
 
 
 @pytest.mark.parametrize("name", ["everything", "mixed"])
@@ -277,9 +280,10 @@ def test_a_run_cut_off_goes_on_bitwise(tiny_encoder: Path, cut: int, name: str) 
 def test_training_finds_the_positives(tiny_encoder: Path) -> None:
     config = config_for("plain", epochs=40)
     model = load_encoder(tiny_encoder, CPU, config)
-    before = retrieval_mrr(model, dataset(), torch.float32)
+    unlabelled = changed(dataset(), labels=None)
+    before = validation_score(model, unlabelled, torch.float32)
     list(contrast(start_contrast(model, dataset(), config), dataset(), config))
-    assert retrieval_mrr(model, dataset(), torch.float32) > max(0.9, before)
+    assert validation_score(model, unlabelled, torch.float32) > max(0.9, before)
 
 
 def test_freezing_everything_is_refused(tiny_encoder: Path) -> None:
@@ -325,7 +329,7 @@ def test_batches_after_some_steps_are_those_left() -> None:
 
 def test_mrr_by_hand(tiny_encoder: Path) -> None:
     model = load_encoder(tiny_encoder, CPU, config_for("plain"))
-    samples = dataset()
+    samples = changed(dataset(), labels=None)
     vectors = torch.cat([model(**model.collate([tokens])) for tokens in samples.token_ids(np.arange(60))]).detach()
     unit = torch.nn.functional.normalize(vectors, dim=-1).numpy()
     documents = sorted({int(text) for text in samples.samples[:, 1:].ravel() if text >= 0})
@@ -339,6 +343,30 @@ def test_mrr_by_hand(tiny_encoder: Path) -> None:
             total += 1 / rank if rank <= 10 else 0
         return total / len(samples)
 
-    found = retrieval_mrr(model, samples, torch.float32)
+    found = validation_score(model, samples, torch.float32)
     assert mrr(1e-6) - 1e-6 <= found <= mrr(-1e-6) + 1e-6
     assert mrr(-1e-6) - mrr(1e-6) < 0.1 * mrr(0)
+
+
+def test_labels_are_scored_by_their_order(tiny_encoder: Path) -> None:
+    model = load_encoder(tiny_encoder, CPU, config_for("plain"))
+    samples = mixed_dataset()
+    vectors = torch.cat([model(**model.collate([tokens])) for tokens in samples.token_ids(np.arange(60))]).detach()
+    unit = torch.nn.functional.normalize(vectors, dim=-1).numpy()
+    cosines = np.array([unit[query] @ unit[positive] for query, positive, *_ in samples.samples[11:].tolist()])
+    assert samples.labels is not None
+    labels = samples.labels[11:]
+    scores = scores_by_dataset(model, samples, torch.float32)
+    assert scores[1] == pytest.approx(spearmanr(cosines, labels).statistic, abs=1e-6)
+    assert validation_score(model, samples, torch.float32) == pytest.approx((scores[0] + scores[1]) / 2)
+    # Each dataset is scored among its own documents.
+    first = changed(samples, samples=samples.samples[:11], groups=samples.groups[:11], labels=None)
+    assert scores[0] == pytest.approx(validation_score(model, first, torch.float32))
+    ordered = np.append(samples.labels[:11], cosines).astype(np.float32)
+    assert scores_by_dataset(model, changed(samples, labels=ordered), torch.float32)[1] == pytest.approx(1)
+
+
+def test_a_validation_is_called_what_it_is() -> None:
+    assert validation_metric(changed(dataset(), labels=None)) == "validation_mrr@10"
+    assert validation_metric(dataset()) == "validation_spearman"
+    assert validation_metric(mixed_dataset()) == "validation_mean_of_mrr@10_and_spearman"
