@@ -1,7 +1,8 @@
 """Merge models trained from one base: `python jobs/merge.py --base B --models '["M1", "M2"]' --output merged`.
 
 `--method self_positioning` finds the weights on a probe set of several tasks: `--probe.data '[{"path": …}, …]'`, as
-jobs/train.py takes datasets. All other methods take the weights given, or equal ones.
+jobs/train.py takes datasets, and scores what it found beside base, parts and uniform merge on a share of it that the
+search did not see. All other methods take the weights given, or equal ones.
 """
 
 from jobs.cli import run_job  # isort: skip (takes jobs/ off sys.path before any library is imported)
@@ -14,10 +15,19 @@ from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field, model_validator
+from rich.console import Console
+from rich.table import Table
 
-from embedlib.artifact import fingerprint, is_finished, mark_of, model_fingerprint, new_artifact
+from embedlib.artifact import fingerprint, is_finished, manifest_of, mark_of, model_fingerprint, new_artifact
 from embedlib.config import Config
-from embedlib.contrastive import ContrastiveConfig, contrast, load_encoder, start_contrast
+from embedlib.contrastive import (
+    ContrastiveConfig,
+    contrast,
+    load_encoder,
+    scores_by_dataset,
+    start_contrast,
+    validation_metric,
+)
 from embedlib.dataset import ContrastiveSet
 from embedlib.distillation import load_student, write_trained
 from embedlib.errors import ConfigError
@@ -32,6 +42,7 @@ from jobs.metrics import RunReport
 from jobs.runtime import artifacts_directory, connect
 from jobs.train import TrainConfig, make_dataset, make_texts, require_needs
 
+UNIFORM, FOUND = "uniform merge", "found merge"
 TOKENIZER, POOLING = "tokenizer.json", "1_Pooling/config.json"
 TOKENIZER_PARTS = ("normalizer", "pre_tokenizer", "post_processor", "added_tokens")
 
@@ -52,6 +63,9 @@ class ProbeConfig(Config):
     """Of InfoNCE, which is minimised on data without an `objective`."""
     sampling_temperature: float = Field(default=0.0, ge=0, le=1)
     """A dataset weighs (its samples)**sampling_temperature: at 0 all tasks count alike, whatever their size."""
+    held_out_share: float = Field(default=0.1, gt=0, lt=1)
+    """Share of each dataset's queries, at most 1000 of all together, that the search does not see. Base, parts, uniform
+    and found merge are scored on it: by Spearman where there are labels, else by MRR@10."""
     seed: int = 0
     """Decides the order of the samples."""
 
@@ -130,8 +144,10 @@ def merge(config: MergeConfig) -> Path:
     marks = [model_fingerprint(directory) for directory in every]
     probe = make_probe(config, every[-1]) if config.method == "self_positioning" else None
     values = config.model_dump(mode="json", exclude={"output", "models", "base", "probe"})
-    values["probe"] = config.probe.model_dump(mode="json", exclude={"data"})
-    values["objectives"] = [objective.model_dump(mode="json") for objective in config.probe.objectives]
+    # What is held out decides the probe set, and so its mark.
+    values["probe"] = config.probe.model_dump(mode="json", exclude={"data", "held_out_share"})
+    if probe:
+        values["objectives"] = [objective.model_dump(mode="json") for objective in config.probe.objectives]
     mark = fingerprint(models=marks, probe=mark_of(probe) if probe else None, config=values)
     target = config.directory / "model"
     if is_finished(target, mark):
@@ -148,8 +164,8 @@ def merge(config: MergeConfig) -> Path:
         found,
     ):
         if probe:
-            samples = ContrastiveSet.open(probe)
-            merged, found["weights"] = self_positioned(config, every[-1], base or {}, models, samples, report)
+            merged, told = searched(config, every[-1], base or {}, models, probe, report)
+            found |= told
         else:
             merged = combined(config, base or {}, models)
         write_trained(scratch, every[-1], merged)
@@ -180,9 +196,25 @@ def make_probe(config: MergeConfig, base: Path) -> Path:
         model=str(base),
         datasets=config.probe.data,
         training=config.probe.training,
-        validation_share=0.001,
+        validation_share=config.probe.held_out_share,
     )
     return make_dataset(job, {"model": base}, {"model": model_fingerprint(base)}, make_texts(job))
+
+
+def searched(
+    config: MergeConfig,
+    base_directory: Path,
+    base: Weights,
+    models: Sequence[Weights],
+    probe: Path,
+    report: RunReport,
+) -> tuple[Weights, dict[str, Any]]:
+    """What Self Positioning comes to on a probe set, and the measurements: merge weights and held-out scores."""
+    merged, weights = self_positioned(config, base_directory, base, models, ContrastiveSet.open(probe), report)
+    uniform = task_arithmetic(base, models, [1 / len(models)] * len(models))
+    candidates = [("base", base), *zip(config.models, models, strict=True), (UNIFORM, uniform), (FOUND, merged)]
+    held_out = held_out_scores(base_directory, candidates, ContrastiveSet.open(probe / "validation"))
+    return merged, {"weights": weights, "held_out": held_out}
 
 
 def self_positioned(
@@ -204,6 +236,41 @@ def self_positioned(
         at = ", ".join(f"{weight:.3f}" for weight in optimizer.weights.tolist())
         report.update(step.step, f"loss {step.result.loss:.4f} · weights {at}", {"loss": step.result.loss})
     return dict(model.state_dict()), optimizer.weights.tolist()
+
+
+def held_out_scores(
+    base_directory: Path, candidates: Sequence[tuple[str, Weights]], held_out: ContrastiveSet
+) -> dict[str, Any]:
+    """What each of the candidates, weights by name, scores on each dataset of a probe, and the mean over them."""
+    model = load_student(base_directory, torch.device("cpu"))
+    scores = []
+    for name, weights in candidates:
+        model.load_state_dict(weights, strict=False)  # weights know no buffers
+        by_dataset = list(scores_by_dataset(model, held_out, torch.float32).values())
+        scores.append({"model": name, "mean": sum(by_dataset) / len(by_dataset), "datasets": by_dataset})
+    return {"metric": validation_metric(held_out), "samples": len(held_out), "scores": scores}
+
+
+def held_out_table(held_out: dict[str, Any]) -> Table:
+    """What `held_out_scores` gives, a row for each candidate."""
+    scores = held_out["scores"]
+    table = Table(title=f"{held_out['metric']} on {held_out['samples']:,} samples that the search did not see")
+    for column in ("model", "mean", *(f"probe.data.{number}" for number in range(len(scores[0]["datasets"])))):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for each in scores:
+        table.add_row(each["model"], *(f"{score:.4f}" for score in (each["mean"], *each["datasets"])))
+    return table
+
+
+def warning_of(held_out: dict[str, Any]) -> str | None:
+    """A line where the search came to nothing that the uniform merge had not."""
+    mean = {each["model"]: each["mean"] for each in held_out["scores"]}
+    if mean[FOUND] > mean[UNIFORM]:
+        return None
+    return (
+        f"warning: on what the search did not see the found merge scores {mean[FOUND]:.4f}, the uniform one "
+        f"{mean[UNIFORM]:.4f}; take --method linear, or a larger probe"
+    )
 
 
 def weights_of(directory: Path) -> Weights:
@@ -271,6 +338,10 @@ def main(config: MergeConfig) -> Path:
     if config.method == "self_positioning":
         connect()
     directory = merge(config)
+    if held_out := manifest_of(directory).measurements.get("held_out"):
+        Console(width=100).print(held_out_table(held_out))
+        if warning := warning_of(held_out):
+            print(warning)
     print(f"model: {directory}")
     return directory
 

@@ -9,7 +9,7 @@ import pytest
 
 from embedlib.errors import ConfigError
 from embedlib.model_directory import trained_dimensions, write_json, write_trained_dimensions
-from jobs.merge import MergeConfig, merge
+from jobs.merge import FOUND, UNIFORM, MergeConfig, merge, warning_of
 
 
 @pytest.fixture
@@ -65,3 +65,17 @@ def test_models_that_are_not_used_alike_are_refused(others: list[Path], tmp_path
 def test_linear_weights_add_up_to_one(others: list[Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"weights: \[1.0, 1.0\] add up to 2; expected 1 for linear"):
         merged(others, tmp_path, weights=[1.0, 1.0])
+
+
+@pytest.mark.parametrize(("uniform", "found", "warns"), [(0.5, 0.6, False), (0.5, 0.5, True), (0.51, 0.5, True)])
+def test_a_search_that_finds_nothing_better_says_so(uniform: float, found: float, warns: bool) -> None:
+    scores = [{"model": UNIFORM, "mean": uniform}, {"model": FOUND, "mean": found}]
+    warning = warning_of({"scores": scores})
+    assert (warning is not None and f"{uniform:.4f}" in warning) == warns
+
+
+def test_a_probe_s_objective_needs_what_it_needs(others: list[Path], tmp_path: Path) -> None:
+    graded = {"path": "sts.parquet", "objective": {"info_nce": {"weight": 0}, "cosent": {"weight": 1}}}
+    probe = {"data": [{"path": "pairs.parquet"}, graded]}
+    with pytest.raises(ValueError, match=r"probe.data.1.label: none; probe.data.1.objective has a term that needs it"):
+        merged(others, tmp_path, base=str(others[0]), method="self_positioning", probe=probe)
