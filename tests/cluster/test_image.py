@@ -36,6 +36,16 @@ def test_what_is_copied_is_there_and_in_the_context() -> None:
         assert any(fnmatch(path, pattern) for pattern in kept), f"{path} is not in the context"
 
 
+def test_the_environment_is_copied_and_not_laid_over_another() -> None:
+    """The build of an image with a venv in both had files of two versions of setuptools."""
+    found = stages()
+    assert "python -m venv /opt/embedlib" in found["libraries"]
+    for below in ("base", "runtime"):
+        assert "venv" not in found[below]
+    for target in ("cpu", "cuda"):
+        assert f"COPY --from=libraries-{target} /opt/embedlib /opt/embedlib" in found[target]
+
+
 def test_both_targets_run_as_nobody_in_particular_and_know_whether_they_are_well() -> None:
     found = stages()
     for target in ("cpu", "cuda"):
