@@ -1,11 +1,16 @@
 """The files of `ray up`: what Ray makes of them before it starts a machine, and what ours promise beyond that."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import boto3
 import jsonschema
 import pytest
 import yaml
+from botocore.client import BaseClient
+from moto import mock_aws
+from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from tests.cluster.conftest import CLUSTER
@@ -50,6 +55,74 @@ def test_on_demand_stands_in_for_spot(name: str) -> None:
     assert "spot" in str({key: spot["node_config"].get(key) for key in market}).lower()
     assert "spot" not in str({key: fallback["node_config"].get(key) for key in market}).lower()
     assert "RAY_enable_autoscaler_v2=1" in prepared(CLUSTER / "ray-up" / f"{name}.yaml")["head_start_ray_commands"][-1]
+
+
+def test_aws_policy_has_what_the_autoscaler_calls_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own provider at work, on a cloud that moto pretends to be."""
+    calls: set[str] = set()
+    call = BaseClient._make_api_call
+
+    def note(self: BaseClient, operation: str, values: dict[str, Any]) -> Any:
+        calls.add(operation)
+        return call(self, operation, values)
+
+    for name, value in (("AWS_ACCESS_KEY_ID", "any"), ("AWS_SECRET_ACCESS_KEY", "any")):
+        monkeypatch.setenv(name, value)
+    config = yaml.safe_load((CLUSTER / "ray-up" / "aws.yaml").read_text())
+    node = config["available_node_types"]["gpu-on-demand"]["node_config"]
+    with mock_aws():
+        # What `ray up` fills in on the user's machine, with the user's rights.
+        ec2 = boto3.client("ec2", config["provider"]["region"])
+        subnet = ec2.describe_subnets()["Subnets"][0]["SubnetId"]
+        image = ec2.describe_images()["Images"][0]["ImageId"]
+        provider = AWSNodeProvider(config["provider"], config["cluster_name"])
+        monkeypatch.setattr(BaseClient, "_make_api_call", note)
+        wanted = {key: value for key, value in node.items() if key != "IamInstanceProfile"}
+        for _ in range(2):
+            provider.create_node(wanted | {"SubnetIds": [subnet], "ImageId": image}, {"ray-node-type": "worker"}, 1)
+        (first, second) = provider.non_terminated_nodes({"ray-node-type": "worker"})
+        provider.set_node_tags(first, {"ray-node-status": "up-to-date"})
+        assert provider.internal_ip(first)
+        provider.terminate_node(first)
+        provider.terminate_nodes([second])
+        assert provider.non_terminated_nodes({}) == []
+    statements = json.loads((CLUSTER / "ray-up" / "aws-head-policy.json").read_text())["Statement"]
+    allowed = {action for each in statements for action in listed(each["Action"])}
+    assert {f"ec2:{operation}" for operation in calls} == allowed - {"iam:PassRole"}
+    # What changes anything is bound to this cluster, or to what a node is made of.
+    for statement in statements:
+        if "*" in listed(statement["Resource"]):
+            assert all(action.startswith("ec2:Describe") for action in listed(statement["Action"]))
+        if any(resource.endswith(":instance/*") for resource in listed(statement["Resource"])):
+            assert statement["Condition"]["StringEquals"]
+    # The role that may be handed on is the one that workers are given.
+    (passed,) = [each["Resource"] for each in statements if each["Action"] == "iam:PassRole"]
+    assert node["IamInstanceProfile"]["Arn"].rpartition("/")[2] == passed.rpartition("/")[2]
+
+
+def listed(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_every_node_has_an_identity_and_workers_have_another_than_the_head(name: str) -> None:
+    config = yaml.safe_load((CLUSTER / "ray-up" / f"{name}.yaml").read_text())
+    key = {"aws": "IamInstanceProfile", "gcp": "serviceAccounts"}[name]
+    found = {kind: str(each["node_config"][key]) for kind, each in config["available_node_types"].items()}
+    head = found.pop(config["head_node_type"])
+    assert "embedlib-head" in head
+    assert len(set(found.values())) == 1
+    assert "embedlib-worker" in found["data"]
+    readme = (CLUSTER / "README.md").read_text()
+    assert all(path.name in readme for path in (CLUSTER / "ray-up").glob(f"{name}-*.json"))
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_nodes_say_what_they_are_for(name: str) -> None:
+    types = prepared(CLUSTER / "ray-up" / f"{name}.yaml")["available_node_types"]
+    for kind, each in types.items():
+        role, _, market = kind.partition("-")
+        assert each["labels"] == {"role": role} | ({"market": market} if market else {})
 
 
 @pytest.mark.parametrize("name", CLOUDS)
