@@ -11,6 +11,8 @@ COUNT = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 # Parameters of `ray start` are given as strings, numbers too.
 PARAMETERS = {"type": "object", "additionalProperties": {"type": "string"}}
 TEMPLATE = {"type": "object", "required": ["spec"]}
+# What `ray start --labels` is given.
+LABELS = {"type": "object", "additionalProperties": TEXT}
 
 
 def record(required: list[str], **properties: Any) -> dict[str, Any]:
@@ -28,6 +30,7 @@ GROUP = record(
     numOfHosts=COUNT,
     idleTimeoutSeconds=COUNT,
     priority={"type": "integer"},
+    labels=LABELS,
     rayStartParams=PARAMETERS,
     template=TEMPLATE,
 )
@@ -51,7 +54,7 @@ CLUSTER = record(
     enableInTreeAutoscaling={"type": "boolean"},
     autoscalerOptions=AUTOSCALER,
     gcsFaultToleranceOptions=REDIS,
-    headGroupSpec=record(["rayStartParams", "template"], rayStartParams=PARAMETERS, template=TEMPLATE),
+    headGroupSpec=record(["rayStartParams", "template"], labels=LABELS, rayStartParams=PARAMETERS, template=TEMPLATE),
     workerGroupSpecs={"type": "array", "items": GROUP},
 )
 JOB = record(

@@ -1,14 +1,20 @@
 """What kustomize makes of cluster/kuberay: known fields, references that lead somewhere, safe pods, jobs that parse."""
 
+import json
+import os
+import re
 import shlex
 import shutil
 import subprocess
+import sys
+from base64 import b64decode
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import kubernetes_validate
+import numpy as np
 import pytest
 import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
@@ -18,6 +24,8 @@ from ray.serve.schema import ServeDeploySchema
 from jobs import bitext, corpus, distill, embed, evaluate, index, merge, mine, recipe, train
 from jobs.cli import read_config
 from serve.app import AppConfig
+from serve.gateway import NAME
+from serve.model import ModelConfig
 from tests.cluster.conftest import CLUSTER, REPOSITORY
 from tests.cluster.kuberay import SPECS, cluster_of, templates_of
 
@@ -38,7 +46,13 @@ CONFIGS: dict[str, Any] = {
 }
 # What jobs/ holds besides jobs.
 NO_JOBS = {"cli", "judges", "metrics", "miner", "parts", "runtime", "shards", "status", "trainer", "__init__"}
-SECRETS = {"embedlib-token", "embedlib-redis", "embedlib-storage"}
+# By their keys; embedlib-storage is optional and has what an object store asks for.
+SECRETS = {
+    "embedlib-token": {"auth_token"},
+    "embedlib-redis": {"password"},
+    "embedlib-keys": {"keys.json"},
+    "embedlib-storage": {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"},
+}
 OPERATORS = {"PodMonitor", "PrometheusRule", "ServiceMonitor"}
 
 
@@ -153,6 +167,8 @@ def test_references_lead_somewhere(overlay: Path) -> None:
         for volume in spec.get("volumes", []):
             if claim := volume.get("persistentVolumeClaim"):
                 assert ("PersistentVolumeClaim", claim["claimName"]) in known, name
+            if secret := volume.get("secret"):
+                assert secret["secretName"] in SECRETS, name
         for container in spec["containers"]:
             ours = {mount["name"] for mount in container.get("volumeMounts", [])}
             assert ours <= volumes | ({"data"} if name.startswith("redis") else set()), name
@@ -161,8 +177,47 @@ def test_references_lead_somewhere(overlay: Path) -> None:
                     assert ("ConfigMap", source["configMapRef"]["name"]) in known, name
                 else:
                     assert source["secretRef"]["name"] in SECRETS, name
-    readme = (CLUSTER / "README.md").read_text()
-    assert all(secret in readme for secret in SECRETS)
+
+
+def test_the_readmes_steps_make_the_secrets(tmp_path: Path) -> None:
+    """Run as they stand there, but for the last word: no cluster is asked."""
+    steps = [
+        line
+        for block in re.findall(r"```bash\n(.*?)```", (CLUSTER / "README.md").read_text(), flags=re.DOTALL)
+        for line in block.replace("\\\n", " ").splitlines()
+        if "create secret" in line or "serve.auth" in line
+    ]
+    programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"PATH": programs, "PYTHONPATH": str(REPOSITORY)}
+    (tmp_path / "storage.env").write_text("AWS_ACCESS_KEY_ID=any\nAWS_SECRET_ACCESS_KEY=any\n")
+    made: dict[str, dict[str, bytes]] = {}
+    for step in steps:
+        command = f"{step.split('#')[0].rstrip()} --dry-run=client -o yaml" if "create secret" in step else step
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, (step, done.stderr)
+        if "create secret" in step:
+            secret = yaml.safe_load(done.stdout)
+            made[secret["metadata"]["name"]] = {key: b64decode(value) for key, value in secret["data"].items()}
+            assert secret["metadata"]["namespace"] == "embedlib"
+    assert {name: secret.keys() for name, secret in made.items()} == SECRETS
+    for name, key in (("embedlib-token", "auth_token"), ("embedlib-redis", "password")):
+        assert re.fullmatch(rb"[0-9a-f]{64}", made[name][key]), "32 random bytes and nothing behind them"
+    assert json.loads(made["embedlib-keys"]["keys.json"])[0]["name"] == "alice"
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.name)
+def test_the_endpoints_keys_are_a_secret_that_its_pods_read(overlay: Path) -> None:
+    (service,) = of_kind(built(overlay), "RayService")
+    (application,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+    folder, _, name = application["args"]["keys"].rpartition("/")
+    for group in cluster_of(service)["workerGroupSpecs"]:
+        spec = group["template"]["spec"]
+        (mount,) = [each for each in spec["containers"][0]["volumeMounts"] if each["mountPath"] == folder]
+        assert mount["readOnly"] is True
+        (volume,) = [each for each in spec["volumes"] if each["name"] == mount["name"]]
+        assert name in SECRETS[volume["secret"]["secretName"]]
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.name)
@@ -207,9 +262,53 @@ def test_the_endpoint_is_what_ray_serve_and_its_builder_take(overlay: Path) -> N
     (group,) = cluster_of(service)["workerGroupSpecs"]
     (container,) = group["template"]["spec"]["containers"]
     assert config["http_options"]["port"] in [port["containerPort"] for port in container["ports"]]
-    gpus = float(container["resources"]["limits"].get("nvidia.com/gpu", 0)) * group["minReplicas"]
-    assert sum(model.num_gpus * model.min_replicas for model in app.models.values()) <= gpus, "does not fit its nodes"
     assert container["readinessProbe"]["exec"]["command"][1].endswith("/-/healthz")
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.name)
+def test_replicas_fill_the_pods_that_are_kept_and_find_room_in_those_that_may_come(overlay: Path) -> None:
+    (service,) = of_kind(built(overlay), "RayService")
+    (application,) = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"])).applications
+    app = AppConfig.model_validate(application.args)
+    (gateway,) = application.deployments
+    assert gateway.name == NAME
+    gateways = app.gateways * np.array([gateway.ray_actor_options.num_cpus, 0])
+    assert gateways[0] > 0, "what needs no CPU may be put on the head, which has none"
+    least, most = (
+        gateways + sum(getattr(model, bound) * resources_of(model) for model in app.models.values())
+        for bound in ("min_replicas", "max_replicas")
+    )
+    (group,) = cluster_of(service)["workerGroupSpecs"]
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    pod = np.array([float(limits["cpu"]), float(limits.get("nvidia.com/gpu", 0))])
+    # The dearest that a pod has is used up by the replicas that stay: no pod is kept for nothing.
+    scarce = 1 if pod[1] else 0
+    assert group["replicas"] == group["minReplicas"]
+    assert least[scarce] == group["minReplicas"] * pod[scarce]
+    assert all(least <= group["minReplicas"] * pod)
+    assert all(model.min_replicas >= group["minReplicas"] for model in app.models.values()), "a pod without this model"
+    # With as many replicas as there may be, one of a new version still finds room, and then takes an old one's place.
+    assert all(most + pod <= group["maxReplicas"] * pod)
+    assert most[scarce] > (group["maxReplicas"] - 2) * pod[scarce], "pods that nobody can ask for"
+    budgets = {each["metadata"]["name"]: each["spec"] for each in of_kind(built(overlay), "PodDisruptionBudget")}
+    if endpoint := budgets.get("embedlib-endpoint"):
+        assert endpoint["minAvailable"] < group["minReplicas"], "no node could ever be drained"
+
+
+def resources_of(model: ModelConfig) -> Any:
+    """(2,) CPUs and GPUs of a replica."""
+    return np.array([model.num_cpus, model.num_gpus])
+
+
+@pytest.mark.parametrize("directory", [*OVERLAYS, *JOBS], ids=lambda path: path.name)
+def test_nodes_say_what_they_are_for(directory: Path) -> None:
+    for resource in built(directory):
+        if resource["kind"] in SPECS:
+            cluster = cluster_of(resource)
+            assert cluster["headGroupSpec"]["labels"] == {"role": "head"}
+            for group in cluster["workerGroupSpecs"]:
+                role, _, market = group["groupName"].partition("-")
+                assert group["labels"] == {"role": role} | ({"market": market} if market else {})
 
 
 @pytest.mark.parametrize("directory", JOBS, ids=lambda path: path.name)
@@ -230,15 +329,33 @@ def test_every_job_has_a_resource() -> None:
     assert jobs == {path.name for path in JOBS} == set(CONFIGS)
 
 
+METADATA = ("169.254.169.254/32", "169.254.169.252/32")
+
+
 def test_components_apply(tmp_path: Path) -> None:
-    """Those that no overlay here takes: a disk of an NFS server, Google's identity."""
+    """Those that no overlay here takes, too. Google's identity alone needs the metadata service."""
     for name, expected in (("nfs", "nfs.example.com"), ("gcs", "iam.gke.io/gcp-service-account"), ("s3", "role-arn")):
         directory = KUBERAY / "overlays" / f"test-{name}-{tmp_path.name}"
         directory.mkdir()
         try:
             (directory / "kustomization.yaml").write_text(
-                f"resources: [../../base]\ncomponents: [../../components/{name}]\n"
+                f"namespace: embedlib\nresources: [../../base]\ncomponents: [../../components/{name}]\n"
             )
-            assert expected in yaml.safe_dump(built(directory))
+            resources = built(directory)
+            assert expected in yaml.safe_dump(resources)
+            opened = {
+                (peer["ipBlock"]["cidr"], port["port"])
+                for policy in of_kind(resources, "NetworkPolicy")
+                for rule in policy["spec"].get("egress", [])
+                for peer in rule["to"]
+                for port in rule.get("ports", [])
+                if "ipBlock" in peer
+            }
+            assert {each for each in opened if each[0] in METADATA} == (
+                {("169.254.169.254/32", 80), ("169.254.169.252/32", 988)} if name == "gcs" else set()
+            )
+            for policy in of_kind(resources, "NetworkPolicy"):
+                assert policy["metadata"]["namespace"] == "embedlib"
+                kubernetes_validate.validate(policy, "1.32", strict=True)
         finally:
             shutil.rmtree(directory)
