@@ -1,13 +1,21 @@
 """cluster/local.sh as the README has it: start, submit, stop, on 127.0.0.1 alone, with the token for its user alone."""
 
+import os
+import re
+import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import httpx2
 import pytest
+import yaml
 
 from tests.cluster.conftest import CLUSTER, REPOSITORY, Started, pids_below
+from tests.faults.machines import Namespaces, ip
+from tests.faults.work import distil_values, vocabulary_of
+from tests.jobs.processes import wait_for
 
 pytestmark = pytest.mark.ray
 
@@ -24,8 +32,55 @@ def test_a_job_runs_as_the_readme_has_it(local_cluster: Started) -> None:
     done = local_cluster.run("ray", "job", "submit", "--", "python", "jobs/distill.py", "--help")
     assert done.returncode == 0, done.stderr
     assert "--distillation.epochs int" in done.stdout
-    readme = (REPOSITORY / "README.md").read_text()
-    assert "cluster/local.sh start && ray job submit -- python jobs/distill.py && cluster/local.sh stop" in readme
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1000)
+def test_the_readmes_words_in_a_clean_environment(tiny_encoder: Path, tiny_corpus: Path, tmp_path: Path) -> None:
+    """Its block of start, submit and stop, with a tiny run file behind the job and this environment for `.venv`.
+
+    In a network namespace of its own, where port 8265 is free, whoever else has a cluster on this machine.
+    """
+    if not Namespaces.available():
+        pytest.skip("no network namespaces for this user: port 8265 may be another cluster's")
+    blocks = re.findall(r"```bash\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL)
+    (block,) = [block for block in blocks if "cluster/local.sh start" in block]
+    output = tmp_path / "output"
+    files = {
+        "model": str(tiny_encoder),
+        "many_sentences": str(tiny_corpus),
+        "vocabulary": str(vocabulary_of(tiny_encoder)),
+    }
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(distil_values(files, output)))
+    words = {
+        "make .venv/.demo && source .venv/bin/activate": f"source {sys.prefix}/bin/activate",
+        "python jobs/distill.py": f"python jobs/distill.py {tmp_path}/tiny.yaml",
+    }
+    for old, new in words.items():
+        assert block.count(old) == 1
+        block = block.replace(old, new)
+    space, home = f"emb{os.getpid()}-readme", tmp_path / "home"
+    home.mkdir()
+    clean = ["ip", "netns", "exec", space, "env", "-i", f"HOME={home}", "PATH=/usr/bin:/bin"]
+    ip("netns", "add", space)
+    try:
+        ip("-n", space, "link", "set", "lo", "up")
+        run = subprocess.run(
+            [*clean, "bash", "-euo", "pipefail", "-c", block],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+        assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+        assert (output / "student" / "model.safetensors").exists()
+        assert (output / "report.html").exists()
+        assert not (home / ".ray" / "embedlib-local").exists()
+        wait_for(lambda: not pids_below(str(home)), "the end of what `stop` stopped", 60)
+    finally:
+        for pid in pids_below(str(home)):
+            os.kill(pid, signal.SIGKILL)
+        ip("netns", "del", space)
 
 
 def test_all_of_it_listens_on_loopback(local_cluster: Started) -> None:

@@ -17,14 +17,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from embedlib.schemas import CORPUS
 from tests.conftest import corpus_rows
 from tests.faults.draw import draw
 from tests.faults.report import show, summary
-from tests.faults.work import JOBS
+from tests.faults.work import JOBS, vocabulary_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS: list[dict[str, Any]] = []
 NUM_TEXTS, NUM_MINED, NUM_QUERIES = 10_240, 6000, 2000
+VARIANTS = 24
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,24 +47,32 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
-def files(
-    tiny_encoder: Path, tiny_corpus: Path, tiny_texts: list[str], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, str]:
+def files(tiny_encoder: Path, tiny_texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Paths by name."""
     folder = tmp_path_factory.mktemp("files")
     texts = [f"{tiny_texts[row % len(tiny_texts)]} {row}" for row in range(NUM_TEXTS)]
     pq.write_table(pa.table({"id": range(NUM_TEXTS), "text": texts}), folder / "corpus.parquet", row_group_size=1000)
+    copies = [*texts, *texts[::10]]
+    pq.write_table(pa.table({"id": range(len(copies)), "text": copies}), folder / "copies.parquet")
     queries = [text.upper() for text in texts[:NUM_QUERIES]]
     answers = texts[NUM_MINED - NUM_QUERIES : NUM_MINED]
     pq.write_table(pa.table({"query": queries, "positive": answers}), folder / "pairs.parquet")
     rows = corpus_rows()
     english, german = ([row["text"] for row in rows if row["lang"] == lang] for lang in ("en", "de"))
     pq.write_table(pa.table({"query": english, "positive": german}), folder / "translations.parquet")
-    pieces = {piece for piece, _ in json.loads((tiny_encoder / "tokenizer.json").read_text())["model"]["vocab"]}
-    made = {name: str(folder / f"{name}.parquet") for name in ("corpus", "pairs", "translations")}
-    # All pieces that the tiny model can keep, and the bytes.
-    vocabulary = str(len(pieces - {"<mask>"}) + 256)
-    return made | {"sentences": str(tiny_corpus), "model": str(tiny_encoder), "vocabulary": vocabulary}
+    many = [
+        row
+        | {"id": len(rows) * number + row["id"], "text": f"{row['text']} {number}", "group": 24 * number + row["group"]}
+        for number in range(VARIANTS)
+        for row in rows
+    ]
+    pq.write_table(pa.Table.from_pylist(many, schema=CORPUS), folder / "many_sentences.parquet")
+    made = {
+        name: str(folder / f"{name}.parquet")
+        for name in ("corpus", "copies", "pairs", "translations", "many_sentences")
+    }
+    vocabulary = str(vocabulary_of(tiny_encoder))
+    return made | {"model": str(tiny_encoder), "vocabulary": vocabulary}
 
 
 @pytest.fixture(scope="session")

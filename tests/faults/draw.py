@@ -42,8 +42,7 @@ def draw(trials: int, seed: int, jobs: set[str], faults: set[str]) -> list[Drawn
             job=job,
             fault=fault,
             nodes=chance.choice((2, 3)),
-            # The earlier half, so that there is work left for whoever recovers.
-            moment=chance.randint(1, (JOBS[job].pieces if job in JOBS else 16) // 2),
+            moment=chance.randint(1, JOBS[job].latest if job in JOBS else 8),
             seed=chance.randrange(2**31),
         )
         for number, (job, fault) in enumerate(order[:trials])

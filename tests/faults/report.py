@@ -34,7 +34,7 @@ def part(results: Sequence[dict[str, Any]], key: str, value: str) -> dict[str, A
 
 
 def recovery(results: Sequence[dict[str, Any]]) -> dict[str, float] | None:
-    """Seconds from the fault to the first new piece, or to the last request that had to be repeated."""
+    """Seconds from the fault's effect to the first piece that was not done by then, or to the last repeated request."""
     seconds = sorted(result["recovery_s"] for result in results if result["recovery_s"] is not None)
     return {"median": median(seconds), "max": seconds[-1]} if seconds else None
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from tests.faults.conftest import REPOSITORY, RESULTS
 from tests.faults.draw import OF_ENDPOINT, OF_JOBS, Drawn, draw
 from tests.faults.machines import Namespaces
 from tests.faults.report import summary
-from tests.faults.trial import FAULTS, Plan
+from tests.faults.trial import FAULTS, Plan, seconds_to_recover
 from tests.faults.work import JOBS, lost_rows, lost_vectors
 
 TRIAL_S = 400
@@ -85,6 +86,20 @@ def test_a_seed_stands_for_its_trials_and_covers_all_pairs() -> None:
     assert {plan.job for plan in draw(5, 0, {"mine"}, {"node"})} == {"mine"}
     with pytest.raises(ValueError, match="--faults: 'fire'"):
         draw(1, 0, set(), {"fire"})
+
+
+def test_what_was_done_when_the_fault_had_its_effect_is_no_recovery(tmp_path: Path) -> None:
+    """Between a decision to strike and its effect lie seconds, in which pieces are done as ever."""
+    counted = iter([3, 4, 4, 5])
+    work = JOBS["embed"]._replace(progress=lambda _: next(counted))
+    assert seconds_to_recover(work, tmp_path, [(time.monotonic(), 4)]) > 0
+    assert list(counted) == [], "a piece that was there already counted"
+
+
+def test_distillations_are_struck_in_both_of_their_long_stages() -> None:
+    moments = {plan.moment for plan in draw(60, 0, {"distill"}, set())}
+    parts = 12
+    assert min(moments) < parts < max(moments) <= JOBS["distill"].latest
 
 
 def test_what_is_lost_doubled_or_changed_is_counted(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from tests.faults.endpoint import Askers
 from tests.faults.machines import Machines, Namespaces, SideBySide, free_port, pause, redis, workers_of
-from tests.faults.work import JOBS
+from tests.faults.work import JOBS, Work
 from tests.jobs.processes import kill_tree, wait_for
 
 MAX_RUNS = 5
@@ -56,6 +56,8 @@ class Context(NamedTuple):
     """The running driver, last."""
     output: Path
     chance: random.Random
+    struck: Callable[[], None]
+    """Called by a fault at once when it has its effect: from then on recovery is measured."""
 
 
 def kill_worker(context: Context) -> str | None:
@@ -72,6 +74,7 @@ def kill_worker(context: Context) -> str | None:
     victim = context.chance.choice(sorted(busy, key=lambda process: process.pid))
     title = " ".join(victim.cmdline()[:1])
     victim.kill()
+    context.struck()
     return title
 
 
@@ -79,6 +82,7 @@ def kill_node(context: Context) -> str:
     """SIGKILL the raylet of a node that is not the head, with its workers; a new node joins some seconds later."""
     node = context.chance.randrange(1, len(nodes_of(context)))
     kill_tree(context.machines.raylet(node))
+    context.struck()
     time.sleep(context.chance.uniform(1, 5))
     context.machines.restart(node)
     return f"node {node}"
@@ -87,6 +91,7 @@ def kill_node(context: Context) -> str:
 def kill_gcs(context: Context) -> str:
     """SIGKILL the head's GCS and start it again, with the tables that Redis keeps."""
     os.kill(context.machines.gcs(), signal.SIGKILL)
+    context.struck()
     time.sleep(context.chance.uniform(0.5, 4))
     context.machines.restart_gcs()
     return "GCS"
@@ -95,6 +100,7 @@ def kill_gcs(context: Context) -> str:
 def kill_driver(context: Context) -> str:
     """SIGKILL the process that the user started."""
     kill_tree(context.driver[-1].pid)
+    context.struck()
     return "driver"
 
 
@@ -104,6 +110,7 @@ def fill_disk(context: Context) -> str:
     with suppress(OSError), ballast.open("wb", buffering=0) as file:
         while True:
             file.write(bytes(BLOCK))
+    context.struck()
     size = ballast.stat().st_size
     wait_up_to(context.chance.uniform(3, 12), lambda: context.driver[-1].poll() is not None)
     ballast.unlink()
@@ -117,6 +124,8 @@ def slow_node(context: Context) -> str | None:
     slowed = False
     while time.monotonic() < end:
         stopped = workers_of(context.machines.raylet(node))
+        if stopped and not slowed:
+            context.struck()
         slowed |= bool(stopped)
         threads = [threading.Thread(target=pause, args=(worker, 0.9)) for worker in stopped]
         for thread in threads:
@@ -132,6 +141,7 @@ def cut_network(context: Context) -> str:
     node = context.chance.randrange(1, len(nodes_of(context)))
     seconds = context.chance.choice([context.chance.uniform(1, 4), context.chance.uniform(15, 25)])
     context.machines.cut(node)
+    context.struck()
     time.sleep(seconds)
     context.machines.mend(node)
     if not wait_up_to(10, lambda: context.machines.find_raylet(node) is None):
@@ -207,16 +217,21 @@ def job_trial(plan: Plan, machines: Machines) -> dict[str, Any]:
     values = work.values(plan.files, output)
     start = time.monotonic()
     drivers = [start_driver(plan, machines, values)]
-    context = Context(machines, drivers, output, random.Random(plan.seed))
+    moments: list[tuple[float, int]] = []
+    """When the fault had its effect, and the pieces that were done by then."""
+    context = Context(
+        machines,
+        drivers,
+        output,
+        random.Random(plan.seed),
+        lambda: moments.append((time.monotonic(), work.progress(output))),
+    )
     reached = (
         wait_up_to(RECOVERY_S, lambda: work.progress(output) >= plan.moment or drivers[-1].poll() is not None)
         and drivers[-1].poll() is None
     )
-    before, struck = work.progress(output), time.monotonic()
     recovery: list[float] = []
-    watcher = threading.Thread(
-        target=lambda: recovery.append(seconds_until(lambda: work.progress(output) > before, struck)), daemon=True
-    )
+    watcher = threading.Thread(target=lambda: recovery.append(seconds_to_recover(work, output, moments)), daemon=True)
     done: list[str | None] = []
     broken: list[Exception] = []
 
@@ -253,11 +268,11 @@ def job_trial(plan: Plan, machines: Machines) -> dict[str, Any]:
     }
 
 
-def seconds_until(condition: Callable[[], bool], start: float) -> float:
-    """Seconds from `start` until a condition holds."""
-    while not condition():
+def seconds_to_recover(work: Work, output: Path, moments: list[tuple[float, int]]) -> float:
+    """Seconds from the moment that a fault had its effect to the first piece that was not done by then."""
+    while not moments or work.progress(output) <= moments[0][1]:
         time.sleep(0.05)
-    return time.monotonic() - start
+    return time.monotonic() - moments[0][0]
 
 
 def serve_trial(plan: Plan, machines: Machines) -> dict[str, Any]:
@@ -269,16 +284,22 @@ def serve_trial(plan: Plan, machines: Machines) -> dict[str, Any]:
     assert drivers[-1].wait(180) == 0, (Path(plan.folder) / "driver.log").read_text()[-2000:]
     with Askers(url, plan.files["model"]) as askers:
         wait_for(lambda: askers.answered >= 20 * max(1, plan.moment % 8), "answers before the fault", 120)
-        struck = time.monotonic()
-        context = Context(machines, drivers, Path(plan.folder), random.Random(plan.seed))
+        moments: list[float] = []
+        context = Context(
+            machines,
+            drivers,
+            Path(plan.folder),
+            random.Random(plan.seed),
+            lambda: moments.append(time.monotonic()),
+        )
         told = FAULTS[plan.fault](context)
-        last_failure = askers.settle(struck)
+        last_failure = askers.settle(moments[0]) if moments else None
     return {
         "struck": told or "nobody was at work",
         "faults": int(told is not None),
         "runs": 1,
         "losses": askers.lost,
-        "recovery_s": round(last_failure, 1),
+        "recovery_s": None if last_failure is None else round(last_failure, 1),
         "asked": askers.asked,
         "retried": askers.retried,
         "seconds": round(time.monotonic() - start, 1),

@@ -23,8 +23,8 @@ class Work(NamedTuple):
     """Its configuration, of the files and the output directory."""
     progress: Callable[[Path], int]
     """Pieces done, counted on disk."""
-    pieces: int
-    """About how many there are, to choose a moment."""
+    latest: int
+    """The last piece after which a fault leaves enough work for whoever recovers."""
     losses: Callable[[Path, Path], int]
     """Pieces of the undisturbed result that the disturbed one lacks, has twice, or has otherwise."""
 
@@ -36,9 +36,9 @@ def embed_values(files: dict[str, str], output: Path) -> dict[str, Any]:
 
 
 def corpus_values(files: dict[str, str], output: Path) -> dict[str, Any]:
-    """10,240 rows in 11 parts, compared in 11 partitions, written as 15 shards."""
+    """11,264 rows, of which each eleventh is a copy, in 12 parts, compared in 12 partitions, written as 15 shards."""
     sizes = {"rows_per_part": 1000, "rows_per_partition": 1000, "rows_per_shard": 700}
-    values = {"output": str(output), "sources": [{"name": "rows", "path": files["corpus"], "lang": "en"}]}
+    values = {"output": str(output), "sources": [{"name": "rows", "path": files["copies"], "lang": "en"}]}
     return values | sizes | {"num_workers": 2}
 
 
@@ -75,19 +75,25 @@ def train_values(files: dict[str, str], output: Path) -> dict[str, Any]:
 
 
 def distil_values(files: dict[str, str], output: Path) -> dict[str, Any]:
-    """All stages, from the corpus to the report."""
+    """All stages, from the corpus over 12 parts of vectors and 353 steps to the report."""
     return {
         "output": str(output),
         "teacher": files["model"],
-        "corpus": {"path": files["sentences"], "validation_share": 0.1, "held_out_share": 0.2},
+        "corpus": {"path": files["many_sentences"], "validation_share": 0.1, "held_out_share": 0.2},
         "compression": {
             "layers": {"num_layers": 2, "probe_texts": 32},
             "vocabulary": {"size": int(files["vocabulary"])},
         },
-        "distillation": {"epochs": 8, "batch_size": 5, "optimizer": {"learning_rate": 1e-3}},
+        "distillation": {"epochs": 8, "batch_size": 128, "optimizer": {"learning_rate": 1e-3}},
         "workers": {"validate_every": 50, "checkpoint_every": 20, "max_failures": -1},
         "plots": False,
     }
+
+
+def vocabulary_of(encoder: Path) -> int:
+    """All pieces that the tiny encoder can keep, and the bytes."""
+    pieces = {piece for piece, _ in json.loads((encoder / "tokenizer.json").read_text())["model"]["vocab"]}
+    return len(pieces - {"<mask>"}) + 256
 
 
 def num_parts(output: Path) -> int:
@@ -104,6 +110,11 @@ def last_step(output: Path) -> int:
     """Steps that the training log tells of, in pieces of ten."""
     logs = list(output.glob("training/*/log/history.jsonl"))
     return sum(len(log.read_text().splitlines()) for log in logs)
+
+
+def num_parts_and_steps(output: Path) -> int:
+    """Parts of the teacher's vectors, then what `last_step` counts."""
+    return num_pieces(output / "vectors") + last_step(output)
 
 
 def parts_table(output: Path) -> pa.Table:
@@ -163,10 +174,17 @@ def lost_training(product: str) -> Callable[[Path, Path], int]:
     return losses
 
 
+def lost_distillation(undisturbed: Path, disturbed: Path) -> int:
+    """Vectors of the teacher, and then what `lost_training` counts."""
+    return lost_vectors(undisturbed / "vectors", disturbed / "vectors") + lost_training("student")(
+        undisturbed, disturbed
+    )
+
+
 JOBS: dict[str, Work] = {
-    "corpus": Work(corpus_values, num_pieces, 40, lost_shards),
-    "embed": Work(embed_values, num_parts, 40, lost_vectors),
-    "mine": Work(mine_values, num_parts, 40, lost_rows),
-    "train": Work(train_values, last_step, 20, lost_training("model")),
-    "distill": Work(distil_values, last_step, 20, lost_training("student")),
+    "corpus": Work(corpus_values, num_pieces, 32, lost_shards),
+    "embed": Work(embed_values, num_parts, 20, lost_vectors),
+    "mine": Work(mine_values, num_parts, 20, lost_rows),
+    "train": Work(train_values, last_step, 10, lost_training("model")),
+    "distill": Work(distil_values, num_parts_and_steps, 24, lost_distillation),
 }
