@@ -86,7 +86,7 @@ def undisturbed(files: dict[str, str], tmp_path_factory: pytest.TempPathFactory)
             (folder / "values.json").write_text(json.dumps(JOBS[job].values(files, folder / "output")))
             environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_ADDRESS")}
             command = [sys.executable, "-m", "tests.faults.drive", job, str(folder / "values.json")]
-            subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, timeout=300)
+            subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, timeout=600)
             made[job] = folder / "output"
         return made.get(job, Path())
 

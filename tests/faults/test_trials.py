@@ -34,7 +34,7 @@ def folder(drawn: Drawn, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.timeout(TRIAL_S + 400)
+@pytest.mark.timeout(TRIAL_S + 700)
 def test_trial(drawn: Drawn, folder: Path, files: dict[str, str], undisturbed: Callable[[str], Path]) -> None:
     if drawn.fault == "gcs" and not shutil.which("redis-server"):
         pytest.skip("no redis-server: a killed GCS is not tried")

@@ -75,7 +75,7 @@ def train_values(files: dict[str, str], output: Path) -> dict[str, Any]:
 
 
 def distil_values(files: dict[str, str], output: Path) -> dict[str, Any]:
-    """All stages, from the corpus over 12 parts of vectors and 353 steps to the report."""
+    """All stages, from the corpus over 12 parts of vectors and some 180 steps to the report."""
     return {
         "output": str(output),
         "teacher": files["model"],
@@ -84,7 +84,7 @@ def distil_values(files: dict[str, str], output: Path) -> dict[str, Any]:
             "layers": {"num_layers": 2, "probe_texts": 32},
             "vocabulary": {"size": int(files["vocabulary"])},
         },
-        "distillation": {"epochs": 8, "batch_size": 128, "optimizer": {"learning_rate": 1e-3}},
+        "distillation": {"epochs": 4, "batch_size": 128, "optimizer": {"learning_rate": 1e-3}},
         "workers": {"validate_every": 50, "checkpoint_every": 20, "max_failures": -1},
         "plots": False,
     }
@@ -186,5 +186,5 @@ JOBS: dict[str, Work] = {
     "embed": Work(embed_values, num_parts, 20, lost_vectors),
     "mine": Work(mine_values, num_parts, 20, lost_rows),
     "train": Work(train_values, last_step, 10, lost_training("model")),
-    "distill": Work(distil_values, num_parts_and_steps, 24, lost_distillation),
+    "distill": Work(distil_values, num_parts_and_steps, 20, lost_distillation),
 }
