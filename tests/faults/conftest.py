@@ -20,11 +20,10 @@ import pytest
 from embedlib.schemas import CORPUS
 from tests.conftest import corpus_rows
 from tests.faults.draw import draw
-from tests.faults.report import show, summary
+from tests.faults.report import RESULTS, show, summary
 from tests.faults.work import JOBS, vocabulary_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-RESULTS: list[dict[str, Any]] = []
 NUM_TEXTS, NUM_MINED, NUM_QUERIES = 10_240, 6000, 2000
 VARIANTS = 24
 

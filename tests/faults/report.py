@@ -6,6 +6,9 @@ from typing import Any
 
 from benchmarks.machine import describe_machine
 
+RESULTS: list[dict[str, Any]] = []
+"""Of this session's trials. Not in conftest.py: pytest has a copy of that module which no test can import."""
+
 
 def summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The report: all trials, and what they add up to."""

@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.faults.conftest import REPOSITORY, RESULTS
+from tests.faults.conftest import REPOSITORY
 from tests.faults.draw import OF_ENDPOINT, OF_JOBS, Drawn, draw
 from tests.faults.machines import Namespaces
-from tests.faults.report import summary
+from tests.faults.report import RESULTS, summary
 from tests.faults.trial import FAULTS, Plan, seconds_to_recover
 from tests.faults.work import JOBS, lost_rows, lost_vectors
 
@@ -117,6 +117,12 @@ def test_what_is_lost_doubled_or_changed_is_counted(tmp_path: Path) -> None:
     assert lost_rows(whole, whole) == 0
     assert lost_rows(whole, tmp_path / "short") == 2  # one row less, and one that is missing
     assert lost_rows(whole, tmp_path / "other") == 3
+
+
+def test_what_trials_add_is_what_the_session_reports(request: pytest.FixtureRequest) -> None:
+    reporters = [each for each in request.config.pluginmanager.get_plugins() if hasattr(each, "pytest_addoption")]
+    (faults,) = [each for each in reporters if (getattr(each, "__file__", "") or "").endswith("faults/conftest.py")]
+    assert faults.RESULTS is RESULTS
 
 
 def test_the_report_adds_up() -> None:
