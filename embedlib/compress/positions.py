@@ -10,20 +10,22 @@ from embedlib.errors import ConfigError
 def extend_positions(body: PreTrainedModel, max_length: int) -> None:
     """Let `body` read `max_length` tokens: position interpolation (LongEmbed, Zhu et al. 2024, arXiv:2404.12096).
 
-    Positions there were stay as they are, so that texts which fitted before have the same vectors. Those after them are
-    the old ones once more, stretched over the new length: neighbours stay neighbours, and the order is kept. Raises
-    ConfigError for a body without a table of positions, or one that is no shorter.
+    Positions there were stay as they are, so that texts which fitted before have the same vectors; a body with enough
+    of them is left alone. Those after them are the old ones once more, stretched over the new length: neighbours stay
+    neighbours, and the order is kept. Raises ConfigError for a body too short that has no table of positions.
     """
     embeddings = body.get_submodule("embeddings")
     table = getattr(embeddings, "position_embeddings", None)
     if not isinstance(table, torch.nn.Embedding):
-        raise ConfigError(f"max_length: {type(body).__name__} has no table of positions to extend")
+        if max_length <= body.config.max_position_embeddings:
+            return
+        raise ConfigError(f"max_length: {max_length}; {type(body).__name__} has no table of positions to extend")
     # RoBERTa's family counts from after the padding's id; rows up to it are no positions.
     first = 0 if table.padding_idx is None else table.padding_idx + 1
     old = table.weight.detach()[first:]
     added = max_length - len(old)
     if added <= 0:
-        raise ConfigError(f"max_length: {max_length}; the teacher has {len(old)} positions, expected more")
+        return
     stretched = functional.interpolate(old.T[None], size=added, mode="linear", align_corners=True)[0].T
     weights = torch.cat([table.weight.detach()[:first], old, stretched])
     extended = torch.nn.Embedding.from_pretrained(weights, freeze=False, padding_idx=table.padding_idx)

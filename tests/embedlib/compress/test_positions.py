@@ -36,6 +36,22 @@ def test_the_new_positions_are_the_old_ones_stretched(tiny_encoder: Path) -> Non
     assert body.config.max_position_embeddings == len(new)
 
 
-def test_fewer_positions_are_refused(tiny_encoder: Path) -> None:
-    with pytest.raises(ConfigError, match="max_length: 10"):
-        extend_positions(Encoder.load(tiny_encoder).body, 10)
+@pytest.mark.parametrize("architecture", ["tiny_encoder", "tiny_xlmr"])
+def test_a_body_with_enough_positions_is_left_alone(architecture: str, request: pytest.FixtureRequest) -> None:
+    body = Encoder.load(request.getfixturevalue(architecture)).body
+    table = body.get_submodule("embeddings.position_embeddings")
+    rows = len(table.weight)  # type: ignore[arg-type]
+    positions = rows if table.padding_idx is None else rows - 2
+    for max_length in (10, positions):
+        extend_positions(body, max_length)
+        assert body.get_submodule("embeddings.position_embeddings") is table
+    extend_positions(body, positions + 1)
+    assert body.config.max_position_embeddings == rows + 1
+
+
+def test_a_body_without_a_table_is_refused_when_it_is_too_short(tiny_encoder: Path) -> None:
+    body = Encoder.load(tiny_encoder).body
+    del body.get_submodule("embeddings").position_embeddings
+    extend_positions(body, body.config.max_position_embeddings)
+    with pytest.raises(ConfigError, match="max_length: 200; BertModel has no table of positions"):
+        extend_positions(body, 200)
