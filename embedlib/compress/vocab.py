@@ -9,7 +9,7 @@ round, since words shift more than a piece's own spelling tells.
 import heapq
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -43,17 +43,24 @@ class VocabularyConfig(Config):
     """Prune-and-recount rounds, each closing the same ratio between the used pieces and `size`."""
     dropped_specials: tuple[str, ...] = ("<mask>",)
     """Added tokens that an encoder of texts has no use for."""
+    new_pieces: dict[str, Annotated[int, Field(gt=0)]] = Field(default_factory=dict, exclude_if=lambda value: not value)
+    """Languages that the teacher splits badly, and how many pieces a Unigram model of each one's texts may have. Those
+    the teacher lacks stand for choice beside its own; `size` stays what it is. Said in no manifest where there are
+    none."""
 
 
 class KeptVocabulary(NamedTuple):
     """The chosen pieces, and what the choice costs on the texts it was made for."""
 
     ids: tuple[int, ...]
-    """Teacher ids in the student's order: specials, then ascending; the byte pieces follow and are not listed."""
+    """Teacher ids in the student's order: specials, then ascending; new pieces' ids are past the teacher's last. The
+    byte pieces follow and are not listed."""
     num_bytes: int
     """Byte pieces after the ids: 256 for Unigram, 0 for WordPiece."""
     num_mandatory: int
     """Pieces that no budget may drop: specials, bytes and covering characters."""
+    num_new: int
+    """Pieces that the teacher lacks, the last of `ids`."""
     growth: dict[str, float]
     """Tokens relative to the teacher's, minus one, by language."""
     coverage: dict[str, float]
@@ -65,6 +72,11 @@ class KeptVocabulary(NamedTuple):
     def size(self) -> int:
         """Rows of the student's embedding."""
         return len(self.ids) + self.num_bytes
+
+    @property
+    def old_ids(self) -> tuple[int, ...]:
+        """Those of `ids` that the teacher has."""
+        return self.ids[: len(self.ids) - self.num_new]
 
     @property
     def mean_growth(self) -> float:
@@ -85,15 +97,20 @@ class _Words(NamedTuple):
 
 
 def choose_pieces(
-    tokenizer: Tokenizer, texts_by_language: Mapping[str, Sequence[str]], config: VocabularyConfig
+    teacher: Tokenizer,
+    texts_by_language: Mapping[str, Sequence[str]],
+    config: VocabularyConfig,
+    grown: Tokenizer | None = None,
 ) -> KeptVocabulary:
     """The `config.size` pieces that keep the texts short; prompts must be in the texts already.
 
+    `grown` is the teacher's tokenizer with further pieces after its own (`growth.py`), from which to choose as well.
     Raises DataError where a language has no text, ConfigError where `size` is below what must be kept or above what
     the teacher has, ArtifactError where the tokenizer's model is neither Unigram nor WordPiece.
     """
+    tokenizer = grown or teacher
     pieces = read_pieces(tokenizer)
-    counted = _count_words(tokenizer, texts_by_language)
+    counted = _count_words(teacher, texts_by_language)
     specials = [index for index in pieces.specials if pieces.texts[index] not in config.dropped_specials]
     occurrences = _count_characters(counted)
     characters = _covering_characters(pieces, occurrences, config.character_coverage)
@@ -111,7 +128,7 @@ def choose_pieces(
     prior_words, prior_weights = _prior(pieces, characters, config.prior)
     words = counted.words + prior_words
     lengths, ids_in_words = _segment(tokenizer.model, words)
-    teacher_tokens = counted.per_language(lengths)
+    teacher_tokens = counted.per_language(lengths if tokenizer is teacher else _segment(teacher.model, words)[0])
     weights = _word_weights(counted, teacher_tokens, config.temperature)
     weights = np.concatenate([weights * (1 - prior_weights.sum()), prior_weights])
     counts = _count_pieces(lengths, ids_in_words, weights, len(pieces.texts))
@@ -134,6 +151,7 @@ def choose_pieces(
         ids=tuple(kept),
         num_bytes=num_bytes,
         num_mandatory=minimum,
+        num_new=sum(index >= len(read_pieces(teacher).texts) for index in kept),
         growth={language: student_tokens[language] / teacher_tokens[language] - 1 for language in counted.counts},
         coverage={
             language: sum(count for text, count in seen.items() if text in single) / seen.total()
@@ -321,7 +339,7 @@ def byte_rows(
     - `mean`: the kept rows' mean, with noise of a tenth of their spread so that bytes differ.
     - `characters`: the mean row of the dropped characters whose UTF-8 has the byte, by the teacher's probability.
     - `fit`: rows whose mean over a dropped character's bytes comes nearest to its row (ridge towards the mean).
-    - `similar`: a mix of the ten kept rows most like the `characters` row, by similarity (as OFA does for new words).
+    - `similar`: a mix of the ten kept rows most like the `characters` row, by similarity (`similar_rows`).
     """
     pieces = read_pieces(tokenizer)
     kept = remap_rows(embedding, kept_ids)
@@ -339,12 +357,21 @@ def byte_rows(
             total = weighted.sum(0)[:, None]
             rows = torch.where(total > 0, weighted.T @ targets / total.clamp_min(1e-30), mean)
         if method == "similar":
-            unit = torch.nn.functional.normalize
-            similarity, nearest = (unit(rows, dim=1) @ unit(kept, dim=1).T).topk(min(10, len(kept)))
-            rows = (similarity.div(0.1).softmax(1)[:, :, None] * kept[nearest]).sum(1)
+            rows = similar_rows(rows, kept, kept)
     for byte, index in _byte_ids(pieces).items():
         rows[byte] = embedding[index]
     return rows
+
+
+def similar_rows(queries: torch.Tensor, keys: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """For each of `queries` (queries, features) a mix (queries, dim) of those of `rows` (known, dim) most like it.
+
+    Likeness is the cosine with `keys` (known, features); the ten nearest count by its softmax at a temperature of 0.1,
+    as in OFA (Liu et al. 2024, arXiv:2311.08849).
+    """
+    unit = torch.nn.functional.normalize
+    similarity, nearest = (unit(queries, dim=1) @ unit(keys, dim=1).T).topk(min(10, len(keys)))
+    return (similarity.div(0.1).softmax(1)[:, :, None] * rows[nearest]).sum(1)
 
 
 def _dropped_characters(

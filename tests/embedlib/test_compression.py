@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -7,12 +8,20 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedModel, XLMRobertaConfig, XLMRobertaModel
+from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedModel, XLMRobertaConfig, XLMRobertaModel
 
 from embedlib.compress.layers import only_layers
 from embedlib.compress.tokenizer import fallback_texts, read_pieces
 from embedlib.compress.vocab import ByteMethod, VocabularyConfig, byte_rows, choose_pieces
-from embedlib.compression import Compressed, CompressionConfig, byte_probe, compress, known_prompts, write_student
+from embedlib.compression import (
+    Compressed,
+    CompressionConfig,
+    byte_probe,
+    compress,
+    known_prompts,
+    new_rows,
+    write_student,
+)
 from embedlib.corpus import texts_by_language
 from embedlib.encoder import Encoder
 from embedlib.errors import ConfigError
@@ -229,6 +238,72 @@ def test_prompts_that_the_teacher_lacks_are_left_out(tiny_encoder: Path) -> None
     teacher = load(tiny_encoder)
     assert known_prompts(teacher, ["passage", "title", "query"]) == ["passage: ", "query: "]
     assert known_prompts(teacher, ["title"]) == [""]
+
+
+@pytest.mark.parametrize("max_length", [16, 40, 64, 65, 120])
+def test_a_student_reads_max_length_whatever_the_teacher_was_cut_at(
+    directory: Path, tmp_path: Path, texts: dict[str, list[str]], max_length: int
+) -> None:
+    """The teacher's texts are cut at 40 tokens, while its table goes further."""
+    shorter = tmp_path / "teacher"
+    shutil.copytree(directory, shorter)
+    write_tokenizer(shorter, Tokenizer.from_file(str(directory / "tokenizer.json")), 40)
+    teacher = load(shorter)
+    assert teacher.max_seq_length == 40
+    config = configuration(smallest(teacher, texts) + 5, 2).model_copy(update={"max_length": max_length})
+    compressed = compress(teacher, texts, config)
+    (tmp_path / "student").mkdir()
+    write_student(tmp_path / "student", compressed.body, compressed.tokenizer, shorter, max_length)
+    student = load(tmp_path / "student")
+    assert student.max_seq_length == max_length
+    (tokens,) = student.tokenise(["☃ " * max_length])
+    assert len(tokens) == max_length
+    assert np.isfinite(student.encode_tokens([tokens])).all()
+    short = student.tokenise(["the cat is small"])
+    with only_layers(teacher.body, compressed.layers.best):
+        known = teacher.encode_tokens([np.array(compressed.vocabulary.ids, np.int32)[short[0]]])
+    np.testing.assert_allclose(student.encode_tokens(short), known, atol=1e-6)
+
+
+STEMS = ("kitabu", "nyumba", "rafiki", "chakula", "safari", "haraka")
+SWAHILI = [f"{first} na {second}ni" for first in STEMS for second in STEMS]
+
+
+def test_a_student_with_new_pieces(
+    directory: Path, tmp_path: Path, texts: dict[str, list[str]], tiny_texts: list[str]
+) -> None:
+    teacher = load(directory)
+    with_swahili = {**texts, "sw": SWAHILI}
+    config = configuration(smallest(teacher, with_swahili) + 60, 4)
+    without = compress(teacher, with_swahili, config).measurements
+    grown = config.vocabulary.model_copy(update={"new_pieces": {"sw": 60}})
+    compressed = compress(teacher, with_swahili, config.model_copy(update={"vocabulary": grown}))
+    write_student(tmp_path, compressed.body, compressed.tokenizer, directory, teacher.max_seq_length)
+    student, vocabulary = load(tmp_path), compressed.vocabulary
+
+    found = compressed.measurements
+    assert found["vocabulary_size"] == without["vocabulary_size"]
+    assert found["vocabulary_new"] == vocabulary.num_new > 0 == without["vocabulary_new"]
+    assert found["vocabulary_growth"]["sw"] < 0 <= without["vocabulary_growth"]["sw"]
+    assert set(found["new_rows"]) == {"mean", "similar"}
+    assert without["new_rows"] == {}
+
+    rows, old = (encoder.body.get_input_embeddings().weight.detach() for encoder in (student, teacher))
+    num_old = len(vocabulary.old_ids)
+    assert torch.equal(rows[:num_old], old[list(vocabulary.old_ids)])
+    made = new_rows(teacher, compressed.tokenizer, vocabulary, "query: ")
+    best = max(found["new_rows"], key=found["new_rows"].__getitem__)
+    torch.testing.assert_close(rows[num_old : num_old + vocabulary.num_new], made[best])
+    new_texts = [student.tokenizer.id_to_token(num_old + row) for row in range(vocabulary.num_new)]
+    assert not set(new_texts) & set(teacher.tokenizer.get_vocab())
+
+    unknown = student.tokenizer.token_to_id("<unk>")
+    assert all(unknown not in ids for ids in student.tokenise([*tiny_texts, *SWAHILI, "☃ ξ 𝄞 <unk> <0x41> </s>"]))
+    assert_kept_texts_embed_as_before(teacher, student, compressed, tiny_texts)
+    model = SentenceTransformer(str(tmp_path), device="cpu", local_files_only=True)
+    np.testing.assert_allclose(model.encode(SWAHILI[:4]), student.encode(SWAHILI[:4]), atol=1e-5)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    assert tokenizer.tokenize("kitabu") == student.tokenizer.encode("kitabu", add_special_tokens=False).tokens
 
 
 @pytest.fixture(scope="module")
