@@ -21,7 +21,7 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscali
 from ray.autoscaler._private.util import validate_config
 from ray.serve.schema import ServeDeploySchema
 
-from jobs import bitext, corpus, distill, embed, evaluate, index, merge, mine, recipe, train
+from jobs import bitext, compress, corpus, distill, embed, evaluate, index, merge, mine, recipe, train
 from jobs.cli import read_config
 from serve.app import AppConfig
 from serve.gateway import NAME
@@ -34,6 +34,7 @@ OVERLAYS = [KUBERAY / "overlays" / name for name in ("dev", "prod")]
 JOBS = sorted((KUBERAY / "jobs").iterdir())
 CONFIGS: dict[str, Any] = {
     "bitext": bitext.BitextConfig,
+    "compress": compress.CompressJob,
     "corpus": corpus.BuildConfig,
     "distill": distill.DistillConfig,
     "embed": embed.EmbedConfig,
@@ -45,7 +46,19 @@ CONFIGS: dict[str, Any] = {
     "train": train.TrainConfig,
 }
 # What jobs/ holds besides jobs.
-NO_JOBS = {"cli", "judges", "metrics", "miner", "parts", "runtime", "shards", "status", "trainer", "__init__"}
+NO_JOBS = {
+    "cli",
+    "judges",
+    "metrics",
+    "miner",
+    "mlflow_run",
+    "parts",
+    "runtime",
+    "shards",
+    "status",
+    "trainer",
+    "__init__",
+}
 # By their keys; embedlib-storage is optional and has what an object store asks for.
 SECRETS = {
     "embedlib-token": {"auth_token"},
