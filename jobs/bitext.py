@@ -38,7 +38,7 @@ from embedlib.storage import Store, user_path
 from embedlib.topk import NO_ROW, Hits
 from jobs.metrics import RunReport
 from jobs.parts import claim, missing_parts, part_name, write_parquet
-from jobs.runtime import connect, own_errors
+from jobs.runtime import SOME_CPU, connect, own_errors
 from jobs.shards import (
     RETRIES,
     SearchConfig,
@@ -206,7 +206,9 @@ def opened(config: BitextConfig, directory: str, work: Path, report: RunReport) 
 def neighbours(config: BitextConfig, here: Corpus, there: Corpus, output: Path, report: RunReport) -> Neighbours:
     """The neighbours in one corpus of all rows of another, (rows, k)."""
     missing = missing_parts(Store.at(str(output)), len(here.files))
-    remote = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=RETRIES, scheduling_strategy="SPREAD")(Finder)
+    remote = ray.remote(num_cpus=SOME_CPU, max_restarts=-1, max_task_retries=RETRIES, scheduling_strategy="SPREAD")(
+        Finder
+    )
     arguments = (there.plan, there.shards, output, config.neighbours, here is there)
     pool = ActorPool([remote.remote(*arguments) for _ in range(min(len(missing), len(ray.nodes()) + 1))])
     firsts = np.append(0, np.cumsum([pq.read_metadata(file).num_rows for file in here.files])).tolist()

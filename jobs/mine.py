@@ -43,7 +43,7 @@ from jobs.embed import EmbedConfig, EmbedResult, embed_all
 from jobs.metrics import RunReport
 from jobs.miner import STATISTICS, MinePlan, Miner, read_queries
 from jobs.parts import claim, content_mark, missing_parts, part_name, write_parquet
-from jobs.runtime import connect, own_errors
+from jobs.runtime import SOME_CPU, connect, own_errors
 from jobs.shards import (
     RETRIES,
     VECTORS,
@@ -366,7 +366,9 @@ def mine_blocks(
     measured = {} if recall is None else {"recall": recall}
     report.begin("mine", plan.num_blocks, "blocks", plan.num_blocks - len(missing))
     report.measure(measured)
-    remote = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=RETRIES, scheduling_strategy="SPREAD")(Miner)
+    remote = ray.remote(num_cpus=SOME_CPU, max_restarts=-1, max_task_retries=RETRIES, scheduling_strategy="SPREAD")(
+        Miner
+    )
     # One more than there are nodes: while a block is chosen from, the shards search the next.
     miners = ActorPool([remote.remote(plan, shards) for _ in range(min(len(missing), len(ray.nodes()) + 1))])
     for number in missing:

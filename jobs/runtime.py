@@ -17,6 +17,8 @@ from embedlib.errors import EmbedlibError
 # A resumed Ray Data plan hangs where Ray counts two CPUs or fewer (Ray 2.60), so a local cluster counts at least four.
 MIN_LOCAL_CPUS = 4
 MAX_CPU_PROCESSES = 8
+SOME_CPU = 0.001
+"""What an actor asks for that takes no core from others: it does not come to lie on a head that offers none."""
 
 
 def connect() -> None:

@@ -29,7 +29,7 @@ from embedlib.storage import Store
 from embedlib.topk import Hits, merge, recall
 from jobs.metrics import RunReport
 from jobs.parts import is_part
-from jobs.runtime import own_errors, present_gpus
+from jobs.runtime import SOME_CPU, own_errors, present_gpus
 
 # Below this many rows brute force is quick, and exact.
 EXACT_ROWS = 1_000_000
@@ -372,7 +372,7 @@ def start_shards(plan: ShardPlan, report: RunReport) -> list[Any]:
     cores = (os.cpu_count() or 1) * len(ray.nodes())
     threads = max(1, cores // len(plan.chunks))
     remote = ray.remote(
-        num_cpus=0,
+        num_cpus=SOME_CPU,
         num_gpus=0 if plan.factory else share_of_gpu(len(plan.chunks)),
         max_restarts=-1,
         max_task_retries=RETRIES,

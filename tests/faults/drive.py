@@ -15,6 +15,7 @@ ENTRIES = {
     "mine": ("MineConfig", "main"),
     "train": ("TrainConfig", "main"),
     "distill": ("DistillConfig", "main"),
+    "recipe": ("RecipeConfig", "main"),
 }
 
 

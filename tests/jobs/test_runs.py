@@ -165,18 +165,19 @@ def assert_scored(directory: Path, asked: dict[str, Any], models: list[str]) -> 
     assert [(gate.model, gate.passed) for gate in found.gates] == [(model, True) for model in models]
 
 
-def test_the_whole_road(tiny_encoder: Path, tmp_path: Path) -> None:
-    random_texts(tmp_path / "texts.parquet")
+def whole_road(folder: Path, teacher: Path) -> dict[str, Any]:
+    """The recipe of that run file for a tiny teacher, with all files that it needs."""
+    random_texts(folder / "texts.parquet")
     rows = [{"query": query, "passage": text} for query, text in zip(texts_of("de"), texts_of("en"), strict=True)]
-    write(tmp_path / "questions.parquet", rows)
+    write(folder / "questions.parquet", rows)
     run = read_run(RUNS / "whole_road.yaml")
     scored = run["stages"]["scored"]["values"]
-    write_sets(tmp_path / "sets", scored["tasks"])
-    paths = {"teacher": str(tiny_encoder), "sets": str(tmp_path / "sets")}
-    paths |= {name: str(tmp_path / f"{name}.parquet") for name in ("texts", "questions")}
+    write_sets(folder / "sets", scored["tasks"])
+    paths = {"teacher": str(teacher), "sets": str(folder / "sets")}
+    paths |= {name: str(folder / f"{name}.parquet") for name in ("texts", "questions")}
     shares = {key: value for key, value in CORPUS.items() if key != "languages"}
     short = {"corpus": shares, "distillation": {"epochs": 2, "batch_size": 64}}
-    compression = {"layers": LAYERS, "vocabulary": {"size": vocabulary_size(tiny_encoder)}}
+    compression = {"layers": LAYERS, "vocabulary": {"size": vocabulary_size(teacher)}}
     changes = {
         "corpus": {"languages": ["en", "de"], "identify": "never"},
         "compressed": short | {"compression": compression},
@@ -184,9 +185,13 @@ def test_the_whole_road(tiny_encoder: Path, tmp_path: Path) -> None:
         "scored": {"require": met_by_any(scored["require"]), "speed": False},
     }
     stages = {name: {"values": values} for name, values in changes.items()}
-    config = RecipeConfig.model_validate(
-        changed(run, {"output": str(tmp_path / "run"), "paths": paths, "stages": stages})
-    )
+    return changed(run, {"output": str(folder / "run"), "paths": paths, "stages": stages})
+
+
+def test_the_whole_road(tiny_encoder: Path, tmp_path: Path) -> None:
+    values = whole_road(tmp_path, tiny_encoder)
+    run, scored = read_run(RUNS / "whole_road.yaml"), values["stages"]["scored"]["values"]
+    config = RecipeConfig.model_validate(values)
     done = run_recipe(config)
     assert {name: stage.state for name, stage in done.items()} == dict.fromkeys(run["stages"], "made")
     assert [stage["job"] for stage in run["stages"].values()] == [
