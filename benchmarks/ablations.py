@@ -266,7 +266,7 @@ TABLES: dict[str, Callable[[Setting, int], Models]] = {
 
 def scores_of(models: Models, root: Path, tasks: Mapping[str, Any], work: Path) -> dict[str, Score]:
     """Mean score over its languages, x 100, by model and task."""
-    config = EvaluateConfig.model_validate({"output": work, "models": models, "root": root, "tasks": tasks})
+    config = EvaluateConfig.model_validate({"output": work, "models": models, "root": str(root), "tasks": tasks})
     units, _ = plan_units(config)
     found: dict[str, dict[str, list[float]]] = {name: {unit.name: [] for unit in units} for name in models}
     report = RunReport("evaluate", "ablations", Store.at(str(work)), {})
