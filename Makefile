@@ -10,7 +10,7 @@ export PATH := $(BIN):$(PATH)
 # Without its caches every process compiles its libraries anew: 21 s instead of 9 until a worker of jobs/embed.py begins.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo serve test test-all lint format lock bench-distill bench-train bench-encode bench-embed-job bench-serve bench-evaluate bench-mine bench-mine-scale bench-exact-search bench-corpus bench-overheads faults clean
+.PHONY: help demo serve test test-all coverage lint format lock bench-distill bench-train bench-encode bench-embed-job bench-serve bench-evaluate bench-mine bench-mine-scale bench-exact-search bench-corpus bench-overheads faults clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -24,12 +24,18 @@ serve: $(VENV)/.serve | artifacts/demo/student ## the full and the compressed mo
 artifacts/demo/student:
 	$(MAKE) demo
 
-test: $(VENV)/.dev ## the tests, with coverage
-	$(BIN)/python -m pytest $(SLOW) -m "not ray" --numprocesses=2 --dist=loadscope --cov --cov-report=
-	$(BIN)/python -m pytest $(SLOW) -m ray --numprocesses=2 --dist=loadfile --cov --cov-append --cov-report=term:skip-covered
+# Jobs on clusters in this process and below it run two at a time; what starts a cluster by itself has the machine alone.
+test: $(VENV)/.dev ## the tests
+	$(BIN)/python -m pytest $(SLOW) $(COVERAGE) -m "not ray" --numprocesses=2 --dist=loadscope
+	$(BIN)/python -m pytest $(SLOW) $(COVERAGE) -m ray --numprocesses=2 --dist=loadfile tests/jobs
+	$(BIN)/python -m pytest $(SLOW) $(COVERAGE) -m ray tests/cluster tests/serve
 
 test-all: SLOW := --run-slow
 test-all: test ## the tests, slow ones included
+
+coverage: COVERAGE := --cov --cov-append --cov-report=
+coverage: test ## the tests, and which lines and branches they pass through
+	$(BIN)/coverage report --skip-covered
 
 lint: $(VENV)/.dev ## formatting, lint, types and the floors
 	$(BIN)/ruff format --check .

@@ -37,7 +37,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
     rng = random.Random(0)
     with path.open("w") as file:
-        for group in range(500):
+        for group in range(250):
             for lang, words in WORDS.items():
                 text = " ".join(rng.choice(words) for _ in range(rng.randint(3, 9)))
                 file.write(json.dumps({"text": text, "lang": lang, "group": group}) + "\n")
