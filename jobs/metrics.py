@@ -10,9 +10,10 @@ These are variables of the environment and no options of a job, because they dec
 
 import json
 import os
+import re
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -31,6 +32,8 @@ NOTE = ".run.json"
 NOTE_EVERY_S = 10.0
 LINE_EVERY_S = 10.0
 MAX_RUN_ID = 12
+CREDENTIALS = re.compile(r"(?<=://)[^/@\s]*@")
+"""Of a URI."""
 
 GAUGES = {
     "progress": "Share of the stage that is done.",
@@ -67,7 +70,11 @@ def instruments() -> Instruments:
 
 
 class Board(Protocol):
-    """Who keeps scalars of a run: TensorBoard's writer, or one of its shape."""
+    """Who keeps scalars of a run."""
+
+    def open(self) -> object:
+        """Begin; ConfigError where that is refused. Without it, the first flush begins."""
+        ...
 
     def add_scalar(self, name: str, value: float, step: int) -> object:
         """Take one."""
@@ -89,12 +96,15 @@ class RunReport:
     old note is one of a run that has died.
     """
 
-    def __init__(self, job: str, mark: str, directory: Store, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, job: str, mark: str, directory: Store, config: Mapping[str, Any], tolerant: bool = False
+    ) -> None:
         """`mark`: fingerprint of what is made, whose beginning is the run's id and stays when it is resumed.
 
-        `config` is what MLflow is told of it. Nothing is told before the first stage begins.
+        `config` is what MLflow is told of it. Nothing is told before the first stage begins. An MLflow or a directory
+        for TensorBoard that is away then raises ConfigError; a `tolerant` report takes it as one that goes away later.
         """
-        self.job, self.mark, self.directory, self.config = job, mark, directory, config
+        self.job, self.mark, self.directory, self.config, self.tolerant = job, mark, directory, config, tolerant
         self.run = mark[:MAX_RUN_ID]
         self.stage, self.done, self.updated, self.finished = "", 0, 0.0, False
         self.measured: dict[str, float] = {}
@@ -106,6 +116,8 @@ class RunReport:
         is_first = not self.stage
         if is_first:
             self.boards = boards_of(self)
+            for board in [] if self.tolerant else self.boards:
+                board.open()
         self.stage, self.total, self.unit, self.done, self.measured = stage, total, unit, done, {}
         self.tags = {"task": self.job, "stage": stage, "run": self.run}
         self.progress = Progress(stage, total, unit, done)
@@ -141,12 +153,12 @@ class RunReport:
         if not self.stage:
             return
         self.over.set()
-        instruments().gauges["progress"].set(1.0, self.tags)
-        instruments().gauges["seconds_left"].set(0.0, self.tags)
+        self.measured = {**self.measured, "progress": 1.0, "seconds_left": 0.0}
         self.finished = True
-        self.write()
-        for board in self.boards:
-            board.close()
+        with self.writing:
+            self.leave_word()
+            self.tell_boards(lambda board: board.close())
+            self.boards = []
 
     def record(self, measured: Mapping[str, float]) -> dict[str, Any]:
         """A line of the log for machines."""
@@ -163,18 +175,33 @@ class RunReport:
         }
 
     def write(self) -> None:
-        """Leave word in the directory, and let the boards show what they have."""
+        """Leave word, and let the boards show what they have, unless all is done."""
         with self.writing:
-            left = self.measured.get("seconds_left")
-            since = time.monotonic() - self.updated
-            note = self.record(self.measured) | {
-                "seconds_left": None if left is None else max(0.0, left - since),
-                "finished": self.finished,
-            }
-            with suppress(ArtifactError):  # a full disk is for those to tell who write what matters
-                (self.directory / NOTE).write_json(note)
-            for board in self.boards:
-                board.flush()
+            if not self.over.is_set():
+                self.leave_word()
+                self.tell_boards(lambda board: board.flush())
+
+    def leave_word(self) -> None:
+        """Set the gauges anew, which Ray forgets within half a minute, and leave a note in the directory."""
+        measured, tags = dict(self.measured), self.tags
+        if "seconds_left" in measured:
+            measured["seconds_left"] = max(0.0, measured["seconds_left"] - (time.monotonic() - self.updated))
+        for name, value in measured.items():
+            instruments().gauges[name].set(value, tags)
+        note = {"seconds_left": None} | self.record(measured) | {"finished": self.finished}
+        with suppress(ArtifactError):  # a full disk is for those to tell who write what matters
+            (self.directory / NOTE).write_json(note)
+
+    def tell_boards(self, what: Callable[[Board], object]) -> None:
+        """Tell each board; one that fails, in whatever way, is worth a line and no run, and is told nothing more."""
+        kept = []
+        for board in self.boards:
+            try:
+                what(board)
+                kept.append(board)
+            except Exception as error:
+                print(CREDENTIALS.sub("", f"{type(board).__name__}: no longer told: {error}"), flush=True)
+        self.boards = kept
 
 
 def keep_telling(report: "weakref.ref[RunReport]", over: Event) -> None:
@@ -221,11 +248,20 @@ def boards_of(report: RunReport) -> list[Board]:
     """Those that were asked for, each with a place of its own for the run."""
     found: list[Board] = []
     if directory := os.environ.get("EMBEDLIB_TENSORBOARD"):
-        from tensorboardX import SummaryWriter  # not above: few runs want it
+        from jobs.tensorboard_run import TensorBoardRun  # not above: few runs want it
 
-        found.append(SummaryWriter(f"{user_path(directory)}/{report.job}-{report.run}", flush_secs=10))
+        found.append(TensorBoardRun(f"{user_path(directory)}/{report.job}-{report.run}"))
     if uri := os.environ.get("EMBEDLIB_MLFLOW"):
         from jobs.mlflow_run import MlflowRun
 
-        found.append(MlflowRun.open(uri, report.job, report.mark, report.config))
+        found.append(MlflowRun(uri, report.job, report.mark, report.config))
     return found
+
+
+def require_mlflow() -> None:
+    """ConfigError where an MLflow was asked for and is not there: once, before workers tell it in their own time."""
+    if uri := os.environ.get("EMBEDLIB_MLFLOW"):
+        from jobs.mlflow_run import experiment_at, refusals
+
+        with refusals(uri):
+            experiment_at(uri)

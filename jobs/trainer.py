@@ -28,7 +28,7 @@ from embedlib.errors import ConfigError
 from embedlib.storage import Store
 from embedlib.threads import use_cores
 from embedlib.training import TrainState
-from jobs.metrics import RunReport
+from jobs.metrics import RunReport, require_mlflow
 from jobs.runtime import num_gpus, present_gpus, quiet
 
 WEIGHTS, STATE, HISTORY, JOB = "model.safetensors", "state.pt", "history.jsonl", "job.json"
@@ -103,7 +103,8 @@ def run_worker(trained: Trained, workers: WorkersConfig, log: Path, what: str) -
     report = None
     if rank == 0:
         run = Store.at(str(log.parent))
-        report = RunReport(what, log.parent.name, run, (run / JOB).read_json())
+        # Tolerant: a worker that cannot begin would count as crashed.
+        report = RunReport(what, log.parent.name, run, (run / JOB).read_json(), tolerant=True)
         report.begin(what, state.total_steps, "steps", state.step)
     waits = Patience(workers.patience, read_validations(log, trained.metric))
     window: list[tuple[float, float, float]] = []
@@ -132,10 +133,12 @@ def run_worker(trained: Trained, workers: WorkersConfig, log: Path, what: str) -
             if rank == 0 and len(record) > 1:
                 history.write(json.dumps(record) + "\n")
                 history.flush()
-            if report and "loss" in record:
+            if report and len(record) > 1:
                 report.update(
                     step.step,
-                    f"loss {record['loss']:.4f} · {record['tokens_per_s']:,.0f} tokens/s",
+                    f"loss {record['loss']:.4f} · {record['tokens_per_s']:,.0f} tokens/s"
+                    if "loss" in record
+                    else f"{trained.metric} {record[trained.metric]:.4f}",
                     {told: record[name] for told, name in told_of.items() if name in record},
                 )
             if keeps or last:
@@ -227,7 +230,7 @@ def fit(
     """Run `worker` on Ray Train below the directory `run`, going on where it was cut off: weights and state.
 
     They are those of the last step, or of the best validation where `workers.patience` is set. Raises ConfigError for
-    more workers than `most_workers`, which a batch has samples for.
+    more workers than `most_workers`, which a batch has samples for, and for an MLflow that is asked for and away.
     """
     gpus, present = num_gpus(), present_gpus()
     num_workers = workers.num_workers or present or 1
@@ -240,6 +243,7 @@ def fit(
         raise ConfigError(
             f"workers.num_workers: {largest}; expected at most the batch size and number of samples, {most_workers}"
         )
+    require_mlflow()
     (Store.at(str(run)) / JOB).write_json(job.model_dump(mode="json"))
     trainer = TorchTrainer(
         worker,

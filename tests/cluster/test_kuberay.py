@@ -56,6 +56,7 @@ NO_JOBS = {
     "runtime",
     "shards",
     "status",
+    "tensorboard_run",
     "trainer",
     "__init__",
 }
