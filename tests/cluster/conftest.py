@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from filelock import FileLock
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CLUSTER = REPOSITORY / "cluster"
@@ -33,7 +35,9 @@ def local_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]
     path = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"
     environment = {"HOME": str(home), "PATH": path, "LANG": "C.UTF-8"}
     command = [str(CLUSTER / "local.sh"), "start"]
-    started = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=200)
+    # Another process of the tests starts one, too, and both would find port 8265 free.
+    with FileLock(Path(tempfile.gettempdir()) / "embedlib-local-start.lock"):
+        started = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=200)
     assert started.returncode == 0, started.stderr
     told = started.stdout.split("export ")[1].split()
     exported = dict(word.split("=", 1) for word in told)

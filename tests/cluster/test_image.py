@@ -77,8 +77,9 @@ def test_the_image_has_what_every_job_imports() -> None:
     named = re.findall(r'"\.\[([\w,]+)\]"', DOCKERFILE)
     assert len(named) == 2
     for extras in named:
-        # A corpus is built with the one, reports are drawn with the other; `ray up` asks clouds with the third.
-        assert {"corpus", "demo", "cloud", "serve"} <= set(extras.split(","))
+        # A corpus is built with the first, reports are drawn with the second, `ray up` asks clouds with the third, and
+        # a tracking server is told with the last.
+        assert {"corpus", "demo", "cloud", "serve", "mlflow"} <= set(extras.split(","))
 
 
 def test_ray_up_finds_its_programs_and_keeps_what_jobs_make() -> None:

@@ -350,28 +350,27 @@ METADATA = ("169.254.169.254/32", "169.254.169.252/32")
 
 def test_components_apply(tmp_path: Path) -> None:
     """Those that no overlay here takes, too. Google's identity alone needs the metadata service."""
+    for name in ("kuberay", "monitoring"):
+        shutil.copytree(CLUSTER / name, tmp_path / name)
     for name, expected in (("nfs", "nfs.example.com"), ("gcs", "iam.gke.io/gcp-service-account"), ("s3", "role-arn")):
-        directory = KUBERAY / "overlays" / f"test-{name}-{tmp_path.name}"
+        directory = tmp_path / "kuberay" / "overlays" / f"test-{name}"
         directory.mkdir()
-        try:
-            (directory / "kustomization.yaml").write_text(
-                f"namespace: embedlib\nresources: [../../base]\ncomponents: [../../components/{name}]\n"
-            )
-            resources = built(directory)
-            assert expected in yaml.safe_dump(resources)
-            opened = {
-                (peer["ipBlock"]["cidr"], port["port"])
-                for policy in of_kind(resources, "NetworkPolicy")
-                for rule in policy["spec"].get("egress", [])
-                for peer in rule["to"]
-                for port in rule.get("ports", [])
-                if "ipBlock" in peer
-            }
-            assert {each for each in opened if each[0] in METADATA} == (
-                {("169.254.169.254/32", 80), ("169.254.169.252/32", 988)} if name == "gcs" else set()
-            )
-            for policy in of_kind(resources, "NetworkPolicy"):
-                assert policy["metadata"]["namespace"] == "embedlib"
-                kubernetes_validate.validate(policy, "1.32", strict=True)
-        finally:
-            shutil.rmtree(directory)
+        (directory / "kustomization.yaml").write_text(
+            f"namespace: embedlib\nresources: [../../base]\ncomponents: [../../components/{name}]\n"
+        )
+        resources = built(directory)
+        assert expected in yaml.safe_dump(resources)
+        opened = {
+            (peer["ipBlock"]["cidr"], port["port"])
+            for policy in of_kind(resources, "NetworkPolicy")
+            for rule in policy["spec"].get("egress", [])
+            for peer in rule["to"]
+            for port in rule.get("ports", [])
+            if "ipBlock" in peer
+        }
+        assert {each for each in opened if each[0] in METADATA} == (
+            {("169.254.169.254/32", 80), ("169.254.169.252/32", 988)} if name == "gcs" else set()
+        )
+        for policy in of_kind(resources, "NetworkPolicy"):
+            assert policy["metadata"]["namespace"] == "embedlib"
+            kubernetes_validate.validate(policy, "1.32", strict=True)

@@ -21,8 +21,8 @@ from serve.metrics import GatewayMetrics, ModelMetrics
 from tests.cluster.conftest import CLUSTER, REPOSITORY, Started
 
 MONITORING = CLUSTER / "monitoring"
-# The head writes it: who exports, for Prometheus.
-DISCOVERY = Path("/tmp/ray/prom_metrics_service_discovery.json")  # noqa: S108
+# The head writes it: who exports, for Prometheus. In /tmp/ray lies a link to that of the machine's youngest cluster.
+DISCOVERY = "/tmp/ray/{session}/prom_metrics_service_discovery.json"  # noqa: S108
 # Prometheus' own, of every target.
 OWN = {"up"}
 WORKLOAD = """
@@ -34,6 +34,7 @@ class Counter:
 counter = Counter.remote()
 ray.get([counter.one.remote(), ray.remote(lambda: ray.put(bytes(10**7))).remote()])
 time.sleep(12)
+print("session:", ray.get_runtime_context().get_session_name())
 """
 
 
@@ -79,8 +80,10 @@ def exported(local_cluster: Started) -> set[str]:
     """
     done = local_cluster.run("ray", "job", "submit", "--", "python", "-c", WORKLOAD)
     assert done.returncode == 0, done.stdout + done.stderr
+    session = re.search(r"session: (session_[\w-]+)", done.stdout)
+    assert session, done.stdout
     names = set(OWN)
-    for target in json.loads(DISCOVERY.read_text())[0]["targets"]:
+    for target in json.loads(Path(DISCOVERY.format(session=session[1])).read_text())[0]["targets"]:
         names |= sample_names(httpx2.get(f"http://{target}/metrics", timeout=10).text)
     models, gateway = ModelMetrics(CollectorRegistry()), GatewayMetrics(CollectorRegistry())
     for metric in [*models.collect(), *gateway.collect()]:
