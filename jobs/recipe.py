@@ -1,19 +1,19 @@
 """Several jobs in a row: `python jobs/recipe.py jobs/runs/bangla_e5.yaml --paths pairs=pairs.parquet`.
 
 A stage is a job with its values. `{name}` in a value is what the stage `name` makes, or a path given under `paths`. All
-values and paths are checked before the first stage runs. Each job skips what it has finished, so a recipe that was cut
-off is run again with the same command. A stage whose values or inputs changed is refused, with the names of both, until
-its directory is moved away. `recipe.json` has what became of each stage.
+values, and the paths of the stages that run, are checked before the first of them runs. Each job skips what it has
+finished, so a recipe that was cut off is run again with the same command. A stage whose values or inputs changed is
+refused, with the names of both, until its directory is moved away. `recipe.json` has what became of each stage.
 """
 
 from jobs.cli import run_job  # isort: skip (takes jobs/ off sys.path before any library is imported)
 
-import json
 import re
 import time
 from collections.abc import Callable, Mapping, MutableMapping
 from datetime import UTC, datetime
 from glob import glob
+from graphlib import CycleError, TopologicalSorter
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,7 +24,7 @@ from rich.table import Table
 
 from embedlib.config import Config
 from embedlib.errors import ConfigError, EmbedlibError
-from embedlib.storage import Store
+from embedlib.storage import Store, user_path
 from jobs.cli import describe
 from jobs.runtime import artifacts_directory, connect, format_seconds
 
@@ -86,7 +86,8 @@ class RecipeConfig(Config):
     output: Path
     """Directory of all stages; a relative one lies below $EMBEDLIB_ARTIFACTS, else below ./artifacts."""
     paths: dict[str, str] = Field(default_factory=dict)
-    """Files and models by the name under which stages refer to them; `{name}` in one is another of them."""
+    """Files and models by the name under which stages refer to them, relative ones to where the command is typed;
+    `{name}` in one is another of them."""
     stages: dict[str, StageConfig] = Field(min_length=1)
     """What is done."""
     only: list[str] | None = None
@@ -106,6 +107,8 @@ class Stage(NamedTuple):
     config: Config
     after: list[str]
     """Stages whose products it takes."""
+    paths: list[str]
+    """Paths that it takes."""
     witness: Path
     """The file that is there when it is finished."""
 
@@ -119,14 +122,14 @@ def resolve(config: RecipeConfig) -> list[Stage]:
             raise ConfigError(f"stages.{name}: the name is taken by paths or an earlier stage")
         job = JOBS[stage.job]
         output = config.directory / name
-        after: list[str] = []
-        values = replaced(stage.values, known, f"stages.{name}.values", after)
+        used: list[str] = []
+        values = replaced(stage.values, known, f"stages.{name}.values", used)
         try:
             checked = job.config.model_validate({"output": str(output)} | values)
         except ValidationError as error:
             raise ConfigError(f"stages.{name}.values: {describe(error)}") from error
-        takes = [each for each in dict.fromkeys(after) if each in config.stages]
-        stages.append(Stage(name, job, checked, takes, output / job.product / job.witness))
+        after, paths = ([each for each in dict.fromkeys(used) if each in of] for of in (config.stages, config.paths))
+        stages.append(Stage(name, job, checked, after, paths, output / job.product / job.witness))
         known[name] = str((output / job.product).absolute())
     if unknown := sorted(set(config.only or []) - set(config.stages)):
         raise ConfigError(f"only: {unknown[0]!r} is no stage; expected of {list(config.stages)}")
@@ -134,9 +137,18 @@ def resolve(config: RecipeConfig) -> list[Stage]:
 
 
 def resolved_paths(config: RecipeConfig) -> dict[str, str]:
-    """The paths by name, with those that others are made of in their place."""
-    given = {name: user_path_of(value) for name, value in config.paths.items()}
-    return {name: replaced(value, given, f"paths.{name}", []) for name, value in given.items()}
+    """The paths by name, with those that others are made of in their place; ConfigError where one is made of itself."""
+    parts: dict[str, list[str]] = {name: [] for name in config.paths}
+    for name, value in config.paths.items():
+        replaced(value, config.paths, f"paths.{name}", parts[name])
+    known: dict[str, str] = {}
+    try:
+        for name in TopologicalSorter(parts).static_order():
+            known[name] = user_path_of(replaced(config.paths[name], known, f"paths.{name}", []))
+    except CycleError as error:
+        made = " of ".join(f"{{{name}}}" for name in reversed(error.args[1]))
+        raise ConfigError(f"paths.{error.args[1][0]}: {made}; expected no path that is made of itself") from error
+    return known
 
 
 def replaced(value: Any, known: Mapping[str, str], key: str, used: list[str]) -> Any:
@@ -158,8 +170,9 @@ def replaced(value: Any, known: Mapping[str, str], key: str, used: list[str]) ->
 
 
 def user_path_of(value: str) -> str:
-    """A path as the user means it: relative to where the recipe was started; ids of models stay as they are."""
-    return str(Path(value).absolute()) if Store.at(value).is_local and Path(value).exists() else value
+    """A path as the user means it: relative to where the command was typed; ids of models stay as they are."""
+    path = user_path(value)
+    return path if glob(path) else value
 
 
 class Done(NamedTuple):
@@ -173,12 +186,18 @@ class Done(NamedTuple):
     """When that was, in ISO 8601."""
 
 
-def require_files(config: RecipeConfig) -> None:
-    """ConfigError for a path that names files and finds none: a stage would say so hours later."""
-    for name, value in resolved_paths(config).items():
+def require_files(config: RecipeConfig, stages: list[Stage]) -> None:
+    """ConfigError for a path of a stage that runs, names files and finds none: it would say so hours later.
+
+    One that it is made of is held to account by it.
+    """
+    paths = resolved_paths(config)
+    running = [stage for stage in stages if config.only is None or stage.name in config.only]
+    for name in dict.fromkeys(name for stage in running for name in stage.paths):
+        value = paths[name]
         below_another = "}/" in config.paths[name]
         is_file = below_another or Path(value).suffix in FILES or value.startswith(("/", "./", "../", "~"))
-        if is_file and Store.at(value).is_local and not glob(str(Path(value).expanduser())):
+        if is_file and Store.at(value).is_local and not glob(user_path(value)):
             raise ConfigError(f"paths.{name}: {value!r} finds no file; expected one that there is")
 
 
@@ -232,8 +251,10 @@ def now(state: str, start: float) -> Done:
 
 def read_state(config: RecipeConfig) -> dict[str, Done]:
     """All stages as they wait, with what they took when they were last run."""
-    path = config.directory / STATE
-    known = json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        known = (Store.at(str(config.directory)) / STATE).read_json() or {}
+    except ValueError:  # nothing hangs on it but what is shown
+        known = {}
     last = {name: known.get(name, {}) for name in config.stages}
     return {name: Done("waits", each.get("seconds", 0.0), each.get("finished")) for name, each in last.items()}
 
@@ -244,7 +265,7 @@ def write_state(config: RecipeConfig, stages: list[Stage], done: Mapping[str, Do
         stage.name: {"job": config.stages[stage.name].job, "takes": stage.after} | done[stage.name]._asdict()
         for stage in stages
     }
-    (config.directory / STATE).write_text(json.dumps(values, indent=2) + "\n")
+    (Store.at(str(config.directory)) / STATE).write_json(values)
 
 
 def table_of(config: RecipeConfig, stages: list[Stage], done: Mapping[str, Done]) -> Table:
@@ -262,7 +283,7 @@ def table_of(config: RecipeConfig, stages: list[Stage], done: Mapping[str, Done]
 def main(config: RecipeConfig) -> dict[str, Done]:
     """Check all stages, then run them; the table is printed whatever becomes of them."""
     stages = resolve(config)
-    require_files(config)
+    require_files(config, stages)
     require_finished(config, stages)
     connect()
     config.directory.mkdir(parents=True, exist_ok=True)

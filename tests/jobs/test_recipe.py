@@ -62,20 +62,61 @@ def test_a_path_without_a_file_is_refused_before_anything_runs(tmp_path: Path) -
 
 
 def test_a_path_may_lie_below_another(tmp_path: Path) -> None:
-    (tmp_path / "sets" / "tatoeba").mkdir(parents=True)
-    paths = {"tatoeba": "{sets}/tatoeba", "sets": str(tmp_path / "sets"), "base": "b", "pairs": "{sets}/tatoeba"}
+    (tmp_path / "sets" / "tatoeba" / "test").mkdir(parents=True)
+    # Named before what they are made of.
+    paths = {"pairs": "{tatoeba}/test", "tatoeba": "{sets}/tatoeba", "sets": str(tmp_path / "sets"), "base": "b"}
     config = recipe({"a": TRAIN}, paths=paths, output=tmp_path / "out")
     assert resolved_paths(config) == {
+        "pairs": f"{tmp_path}/sets/tatoeba/test",
         "tatoeba": f"{tmp_path}/sets/tatoeba",
         "sets": f"{tmp_path}/sets",
         "base": "b",
-        "pairs": f"{tmp_path}/sets/tatoeba",
     }
-    require_files(config)
-    with pytest.raises(ConfigError, match=r"paths.flores: '.*/sets/flores' finds no file"):
-        require_files(recipe({"a": TRAIN}, paths=paths | {"flores": "{sets}/flores"}))
+    require_files(config, resolve(config))
+    config = recipe({"a": TRAIN}, paths=paths | {"pairs": "{tatoeba}/flores"})
+    with pytest.raises(ConfigError, match=r"paths.pairs: '.*/sets/tatoeba/flores' finds no file"):
+        require_files(config, resolve(config))
     with pytest.raises(ConfigError, match=r"paths.flores: \{set\} is no path"):
         resolve(recipe({"a": TRAIN}, paths=paths | {"flores": "{set}/flores"}))
+    with pytest.raises(
+        ConfigError, match=r"paths.(sets|tatoeba): \{.* of \{.*; expected no path that is made of itself"
+    ):
+        resolve(recipe({"a": TRAIN}, paths=paths | {"sets": "{tatoeba}"}))
+
+
+def test_only_the_paths_of_stages_that_run_are_held_to_account(tmp_path: Path) -> None:
+    (tmp_path / "pairs.parquet").touch()
+    other = {"job": "train", "values": {"model": "{base}", "datasets": [{"path": "{xquad}"}]}}
+    paths = {"base": "b", "pairs": str(tmp_path / "pairs.parquet"), "sets": "./nowhere", "xquad": "{sets}/xquad"}
+    stages = {"first": TRAIN, "second": other}
+
+    def required(**values: Any) -> None:
+        config = recipe(stages, paths=paths | values.pop("paths", {}), **values)
+        require_files(config, resolve(config))
+
+    with pytest.raises(ConfigError, match=r"paths.xquad: './nowhere/xquad' finds no file"):
+        required()
+    required(only=["first"])
+    # Nothing that runs lies below `sets` any more.
+    required(paths={"xquad": str(tmp_path)})
+
+
+def test_paths_are_relative_to_where_the_command_was_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in ("typed", "copy"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "pairs.parquet").touch()
+    (tmp_path / "typed" / "texts-1.txt").touch()
+    monkeypatch.chdir(tmp_path / "copy")
+    monkeypatch.setenv("EMBEDLIB_CWD", str(tmp_path / "typed"))
+    other = {"job": "train", "values": {"model": "{base}", "datasets": [{"path": "{texts}"}]}}
+    paths = {"base": "some/model", "pairs": "./pairs.parquet", "texts": "texts-*.txt"}
+    config = recipe({"a": TRAIN, "b": other}, paths=paths)
+    require_files(config, resolve(config))
+    assert resolved_paths(config) == {
+        "base": "some/model",
+        "pairs": str(tmp_path / "typed" / "pairs.parquet"),
+        "texts": str(tmp_path / "typed" / "texts-*.txt"),
+    }
 
 
 def test_only_needs_what_it_takes(tmp_path: Path) -> None:
@@ -92,7 +133,7 @@ def jobs_that(monkeypatch: pytest.MonkeyPatch, job: Callable[[Config], object]) 
     """Every stage does this, without a cluster."""
     monkeypatch.setattr("jobs.recipe.Job.run", property(lambda _: job))
     monkeypatch.setattr("jobs.recipe.connect", lambda: None)
-    monkeypatch.setattr("jobs.recipe.require_files", lambda _: None)
+    monkeypatch.setattr("jobs.recipe.require_files", lambda *_: None)
 
 
 def test_states_and_times_are_kept_from_run_to_run(
@@ -144,6 +185,17 @@ def test_a_stage_that_the_user_stops_is_not_called_failed(tmp_path: Path, monkey
     with pytest.raises(KeyboardInterrupt):
         main(recipe({"first": TRAIN}, output=tmp_path))
     assert json.loads((tmp_path / "recipe.json").read_text())["first"]["state"] == "stopped"
+
+
+def test_the_state_is_whole_for_who_reads_it_and_may_be_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "recipe.json").write_text('{"first": {"st')
+    readers = []
+    jobs_that(monkeypatch, lambda _: readers.append((tmp_path / "recipe.json").open()))
+    main(recipe({"first": TRAIN}, output=tmp_path))
+    # What a reader had opened is not changed under it.
+    with readers[0] as reader:
+        assert json.load(reader)["first"]["state"] == "running"
+    assert json.loads((tmp_path / "recipe.json").read_text())["first"]["state"] == "made"
 
 
 @pytest.mark.ray
