@@ -123,18 +123,21 @@ class _Rows(NamedTuple):
     groups: list[str]
 
 
-def read_training_texts(datasets: Sequence[TrainingData], max_characters: int) -> TrainingTexts:
-    """All datasets; DataError where a column is missing, of another type, or no row is left of a dataset."""
+def read_training_texts(datasets: Sequence[TrainingData], max_characters: int, key: str = "datasets") -> TrainingTexts:
+    """All datasets, which lie at `key` of the configuration.
+
+    DataError where a column is missing, of another type, or no row is left of a dataset.
+    """
     chunks: list[_Rows] = []
     rejected: list[Rejected] = []
     for number, data in enumerate(datasets):
         before = len(chunks)
-        for rows, broken in _chunks(data, number, max_characters):
+        for rows, broken in _chunks(data, number, max_characters, f"{key}.{number}"):
             rejected += broken
             if len(rows.queries):
                 chunks.append(rows)
         if len(chunks) == before:
-            raise DataError(f"datasets.{number}: {data.path!r}: no row that can be used; {len(rejected)} rejected")
+            raise DataError(f"{key}.{number}: {data.path!r}: no row that can be used; {len(rejected)} rejected")
     return _numbered(chunks, rejected)
 
 
@@ -144,13 +147,13 @@ def files_of(data: TrainingData) -> list[Store]:
     return input_files(f"{data.path}/part-*.parquet" if is_mined else data.path)
 
 
-def _chunks(data: TrainingData, number: int, max_characters: int) -> Iterator[tuple[_Rows, list[Rejected]]]:
+def _chunks(data: TrainingData, number: int, max_characters: int, key: str) -> Iterator[tuple[_Rows, list[Rejected]]]:
     columns = [data.query, data.positive, data.negatives, data.positive_scores, data.negative_scores]
     named = list(dict.fromkeys(name for name in [*columns, data.label, data.lang] if name))
     left = data.max_rows if data.max_rows is not None else np.inf
     for file in files_of(data):
         if not is_parquet(file):
-            raise DataError(f"datasets.{number}: {file}: expected Parquet")
+            raise DataError(f"{key}: {file}: expected Parquet")
         start = 0
         parquet = open_parquet(file, ColumnsConfig(text=data.query, keep=named))
         for batch in parquet.iter_batches(READ_ROWS, columns=named):
@@ -160,19 +163,19 @@ def _chunks(data: TrainingData, number: int, max_characters: int) -> Iterator[tu
                 rows = rows.filter(pc.is_in(rows[data.lang], pa.array(data.langs)))
             rows = rows.slice(0, int(min(left, len(rows))))
             left -= len(rows)
-            yield _checked(rows, data, number, Part(file.path, 0, len(rows), 0), max_characters)
+            yield _checked(rows, data, number, Part(file.path, 0, len(rows), 0), max_characters, key)
             if not left:
                 return
 
 
 def _checked(
-    rows: pa.Table, data: TrainingData, number: int, part: Part, max_characters: int
+    rows: pa.Table, data: TrainingData, number: int, part: Part, max_characters: int, key: str
 ) -> tuple[_Rows, list[Rejected]]:
     """The rows whose query and positive can be embedded, a row for each positive; negatives that cannot are dropped."""
     for texts, rating in ((data.positive, data.positive_scores), (data.negatives, data.negative_scores)):
         if texts and rating and not np.array_equal(_lengths(rows[texts]), _lengths(rows[rating])):
             unlike = int(rows["_row"][int(np.argmax(_lengths(rows[texts]) != _lengths(rows[rating])))].as_py())
-            raise DataError(f"datasets.{number}: {part.file}: row {unlike}: {rating!r} is not as long as {texts!r}")
+            raise DataError(f"{key}: {part.file}: row {unlike}: {rating!r} is not as long as {texts!r}")
     lists = [name for name in (data.positive, data.positive_scores) if name and _is_list(rows[name])]
     rejected: list[Rejected] = []
     if lists:
@@ -194,15 +197,13 @@ def _checked(
     if data.positive_scores:
         positive = rows[data.positive_scores].to_numpy().astype(np.float32)
         if data.negatives and not data.negative_scores:
-            raise DataError(
-                f"datasets.{number}.negative_scores: none; expected the column that scores {data.negatives!r}"
-            )
+            raise DataError(f"{key}.negative_scores: none; expected the column that scores {data.negatives!r}")
         given = _flat(rows[data.negative_scores])[kept] if data.negative_scores else np.empty(0)
         scores = np.concatenate([positive, given]).astype(np.float32)
     labels = rows[data.label].to_numpy().astype(np.float32) if data.label else None
     for name, values in (("scores", scores), ("label", labels)):
         if values is not None and not np.isfinite(values).all():
-            raise DataError(f"datasets.{number}: {part.file}: {name} that are not finite numbers")
+            raise DataError(f"{key}: {part.file}: {name} that are not finite numbers")
     langs = rows[data.lang].to_pylist() if data.lang else [""] * len(rows)
     groups = [f"{number}:{lang}" for lang in langs]
     return _Rows(

@@ -64,8 +64,9 @@ class ProbeConfig(Config):
     sampling_temperature: float = Field(default=0.0, ge=0, le=1)
     """A dataset weighs (its samples)**sampling_temperature: at 0 all tasks count alike, whatever their size."""
     held_out_share: float = Field(default=0.1, gt=0, lt=1)
-    """Share of each dataset's queries, at most 1000 of all together, that the search does not see. Base, parts, uniform
-    and found merge are scored on it: by Spearman where there are labels, else by MRR@10."""
+    """Share of each dataset's queries, at most 1000 of all together, that the search does not see; with labels at least
+    10, or half where there are fewer than 20. Base, parts, uniform and found merge are scored on it: by Spearman where
+    there are labels, else by MRR@10."""
     seed: int = 0
     """Decides the order of the samples."""
 
@@ -198,7 +199,8 @@ def make_probe(config: MergeConfig, base: Path) -> Path:
         training=config.probe.training,
         validation_share=config.probe.held_out_share,
     )
-    return make_dataset(job, {"model": base}, {"model": model_fingerprint(base)}, make_texts(job))
+    texts = make_texts(job, "probe.data", "probe.held_out_share")
+    return make_dataset(job, {"model": base}, {"model": model_fingerprint(base)}, texts)
 
 
 def searched(

@@ -62,8 +62,10 @@ from jobs.runtime import artifacts_directory, connect
 from jobs.trainer import Trained, WorkersConfig, fit, read_history, run_worker, start_worker
 
 VALIDATION_SAMPLES = 1000
+# Queries of a dataset with labels: fewer are often all labelled alike.
+MIN_RANKED = 10
 # Of what stage `texts` writes.
-TEXTS_VERSION = 2
+TEXTS_VERSION = 3
 
 
 class TrainConfig(Config):
@@ -79,7 +81,8 @@ class TrainConfig(Config):
     """What decides how good it is: by Spearman where it has labels, else by MRR@10, the mean over them; none: a share
     of each of the datasets, which is not trained on."""
     validation_share: float = Field(default=0.02, gt=0, lt=1)
-    """That share of the queries, at most 1000 of all datasets together."""
+    """That share of the queries, at most 1000 of all datasets together; of a dataset with labels at least 10, or half
+    where there are fewer than 20."""
     guide: str | None = None
     """Model whose ratings mask negatives, for an objective's guide: hub id or directory."""
     teacher: str | None = None
@@ -177,10 +180,13 @@ def train(config: TrainConfig) -> Path:
     return make_model(config, models["model"], parents["model"], dataset)
 
 
-def make_texts(config: TrainConfig) -> Path:
-    """Stage `texts`: the distinct texts of each prompt, and samples by number; `validation/` those of validation."""
+def make_texts(config: TrainConfig, key: str = "datasets", share_key: str = "validation_share") -> Path:
+    """Stage `texts`: the distinct texts of each prompt, and samples by number; `validation/` those of validation.
+
+    Errors name datasets and share by their keys in the configuration that the user wrote.
+    """
     directory = config.directory / "texts"
-    values = {
+    values: dict[str, Any] = {
         "version": TEXTS_VERSION,
         "datasets": [data.model_dump(mode="json", exclude={"objective"}) for data in config.datasets],
         "validation": [data.model_dump(mode="json", exclude={"objective"}) for data in config.validation],
@@ -189,33 +195,40 @@ def make_texts(config: TrainConfig) -> Path:
     }
     files = [files_of(data) for data in (*config.datasets, *config.validation)]
     inputs = [[content_mark(file) for file in each] for each in files]
-    mark = fingerprint(inputs=inputs, config=values)
+    # Files are told by their contents, wherever they lie.
+    of_data = {name: [data | {"path": None} for data in values[name]] for name in ("datasets", "validation")}
+    mark = fingerprint(inputs=inputs, config=values | of_data)
     if is_finished(directory, mark):
         return directory
     with new_artifact(directory, "texts", mark, config=values) as (scratch, measurements):
-        found = read_training_texts(config.datasets, config.max_characters)
+        found = read_training_texts(config.datasets, config.max_characters, key)
         if config.validation:
-            apart = read_training_texts(config.validation, config.max_characters)
+            apart = read_training_texts(config.validation, config.max_characters, "validation")
+            require_order(apart, "validation", "")
             found.rejected.extend(apart.rejected)
         else:
-            found, apart = split(found, config.validation_share)
-        require_order("validation" if config.validation else "datasets", apart)
+            found, apart = split(found, config.validation_share, key)
+            require_order(apart, key, f"; or a larger {share_key}")
         for target, part in ((scratch, found), (scratch / "validation", apart)):
             write_texts(target, part)
         if found.rejected:
             pq.write_table(rejected_table(found.rejected), scratch / "quarantine.parquet")
+        sizes = np.bincount(found.groups, minlength=len(found.group_names))
         measurements |= {
             "samples": len(found.samples),
             "validation_samples": len(apart.samples),
             "texts": {str(name): len(texts) for name, texts in found.texts.items()},
-            "groups": dict(zip(found.group_names, np.bincount(found.groups).tolist(), strict=True)),
+            "groups": dict(zip(found.group_names, sizes.tolist(), strict=True)),
             "quarantined": len(found.rejected),
         }
     return directory
 
 
-def split(found: TrainingTexts, share: float) -> tuple[TrainingTexts, TrainingTexts]:
-    """Samples to train on and to validate on, some of every dataset, which have no query in common."""
+def split(found: TrainingTexts, share: float, key: str = "datasets") -> tuple[TrainingTexts, TrainingTexts]:
+    """Samples to train on and to validate on, some of every dataset, which have no query in common.
+
+    DataError, which names the dataset at `key` of the configuration, where nothing would be left to train on.
+    """
     of_sample = found.datasets[found.groups]
     numbers = np.unique(of_sample)
     most = max(1, VALIDATION_SAMPLES // len(numbers))
@@ -224,18 +237,19 @@ def split(found: TrainingTexts, share: float) -> tuple[TrainingTexts, TrainingTe
     for number in numbers:
         queries = np.unique(found.samples[of_sample == number, 0])
         num_apart = max(1, min(round(share * len(queries)), most))
+        if found.labels is not None and np.isfinite(found.labels[of_sample == number]).all():
+            num_apart = max(num_apart, min(MIN_RANKED, len(queries) // 2))
         if len(queries) <= num_apart:
             raise DataError(
-                f"datasets.{number}: {len(queries)} distinct queries; expected more than {num_apart}, kept for "
-                "validation"
+                f"{key}.{number}: {len(queries)} distinct queries; expected more than {num_apart}, kept for validation"
             )
         held.append(rng.choice(queries, num_apart, replace=False))
     is_apart = np.isin(found.samples[:, 0], np.concatenate(held))
     return found.taken(~is_apart), found.taken(is_apart).without_idle_texts()
 
 
-def require_order(key: str, apart: TrainingTexts) -> None:
-    """DataError where labels of a validation dataset, at `key` of the configuration, are all the same."""
+def require_order(apart: TrainingTexts, key: str, remedy: str) -> None:
+    """DataError, with a remedy, where labels of a dataset of validation, at `key`, are all the same."""
     if apart.labels is None:
         return
     of_sample = apart.datasets[apart.groups]
@@ -245,7 +259,7 @@ def require_order(key: str, apart: TrainingTexts) -> None:
         if len(np.unique(labels)) == 1 and np.isfinite(labels[0]):
             raise DataError(
                 f"{key}.{number}.label: {labels[0]:g} for all {len(labels)} pairs of validation; expected some that "
-                "differ, to rank pairs by"
+                f"differ, to rank pairs by{remedy}"
             )
 
 

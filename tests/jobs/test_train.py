@@ -20,14 +20,13 @@ from sentence_transformers import SentenceTransformer
 
 from embedlib.contrastive import batch_plan, batches_after
 from embedlib.dataset import ContrastiveSet
-from embedlib.errors import ConfigError, DataError
+from embedlib.errors import ConfigError
 from embedlib.model_directory import trained_dimensions
-from embedlib.training_texts import read_training_texts
 from jobs.merge import MergeConfig, merge
 from jobs.merge import main as merge_main
 from jobs.metrics import NOTE
 from jobs.status import StatusConfig, stages
-from jobs.train import TrainConfig, main, make_texts, split
+from jobs.train import TrainConfig, main
 from tests.conftest import corpus_rows
 from tests.jobs.processes import kill_ray_workers, killed_at_the_end, wait_for
 
@@ -138,23 +137,6 @@ def test_a_rerun_skips_everything_and_another_objective_only_trains(
     times = {path: path.stat().st_mtime_ns for path in trained.rglob("manifest.json")}
     main(config_for(trained, tiny_encoder, pairs))
     assert {path: path.stat().st_mtime_ns for path in trained.rglob("manifest.json")} == times
-
-
-def test_some_of_every_dataset_is_kept_for_validation(tmp_path: Path, tiny_encoder: Path, pairs: str) -> None:
-    config = config_for(tmp_path / "run", tiny_encoder, pairs)
-    found, apart = split(read_training_texts(config.datasets, 100), 0.2)
-    for number, queries in enumerate((24, 24)):
-        here, there = (each.samples[each.datasets[each.groups] == number, 0] for each in (found, apart))
-        assert len(np.unique(here)) + len(np.unique(there)) == queries
-        assert len(np.unique(there)) == 5
-
-
-def test_labels_that_order_nothing_are_refused(tmp_path: Path, tiny_encoder: Path, pairs: str) -> None:
-    alike = [row | {"score": 0.5} for row in graded_rows()]
-    pq.write_table(pa.Table.from_pylist(alike), tmp_path / "alike.parquet")
-    validation = [{"path": pairs}, {"path": str(tmp_path / "alike.parquet"), "label": "score"}]
-    with pytest.raises(DataError, match=r"validation.1.label: 0.5 for all 72 pairs"):
-        make_texts(config_for(tmp_path / "run", tiny_encoder, pairs, validation=validation))
 
 
 @pytest.mark.slow
