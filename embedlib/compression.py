@@ -23,7 +23,7 @@ from embedlib.compress.layers import (
     keep_layers,
     only_layers,
 )
-from embedlib.compress.positions import extend_positions
+from embedlib.compress.positions import extend_positions, position_table
 from embedlib.compress.tokenizer import fallback_texts, prune_tokenizer, read_pieces
 from embedlib.compress.vocab import (
     ByteMethod,
@@ -111,10 +111,13 @@ def compress(
     pool = [text for texts in sampled.values() for text in texts]
     probe = Random(config.seed).sample(pool, min(config.layers.probe_texts, len(pool)))
     full_body = body_of(teacher.model)
-    choice = choose_layers(len(body_layers(full_body)), config.layers, layer_scorer(teacher, probe))
-
+    # What cannot be is refused here, before the layers are searched for minutes.
+    if config.max_length:
+        position_table(full_body, config.max_length)
     new_pieces = config.vocabulary.new_pieces
     grown = grow_tokenizer(teacher.tokenizer, drawn, new_pieces) if new_pieces else teacher.tokenizer
+
+    choice = choose_layers(len(body_layers(full_body)), config.layers, layer_scorer(teacher, probe))
     vocabulary = choose_pieces(teacher.tokenizer, sampled, config.vocabulary, grown)
     tokenizer = prune_tokenizer(grown, vocabulary.ids)
     rows_of_new, new_scores = choose_new_rows(

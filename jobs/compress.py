@@ -99,6 +99,8 @@ def make_student(config: CompressJob, teacher_directory: Path, corpus: Path) -> 
     values = config.compression.model_dump(mode="json")
     if config.compression.layers.distil_candidates:
         values["distillation"] = config.distillation.model_dump(mode="json")
+        if config.max_text_characters is not None:
+            values["max_text_characters"] = config.max_text_characters
     parents = {"teacher": model_fingerprint(teacher_directory), "corpus": mark_of(corpus)}
     mark = fingerprint(**parents, config=values)
     if is_finished(directory, mark):

@@ -346,6 +346,30 @@ def test_a_wordpiece_student_embeds_kept_texts_as_before(
     assert_kept_texts_embed_as_before(teacher, student, compressed, tiny_texts)
 
 
+@pytest.mark.parametrize(
+    ("teacher", "values", "reason"),
+    [
+        ("tiny_encoder", {"vocabulary": {"new_pieces": {"xx": 60}}}, r"vocabulary\.new_pieces: 'xx' has no texts"),
+        ("wordpiece", {"vocabulary": {"new_pieces": {"en": 60}}}, "tokenizer is WordPiece; expected Unigram"),
+        ("without_positions", {"max_length": 200}, "max_length: 200; BertModel has no table of positions"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_layers_are_searched(
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    texts: dict[str, list[str]],
+    teacher: str,
+    values: dict[str, Any],
+    reason: str,
+) -> None:
+    monkeypatch.setattr("embedlib.compression.choose_layers", lambda *_: pytest.fail("layers were searched"))
+    encoder = load(request.getfixturevalue("tiny_encoder" if teacher == "without_positions" else teacher))
+    if teacher == "without_positions":
+        del encoder.body.get_submodule("embeddings").position_embeddings
+    with pytest.raises(ConfigError, match=reason):
+        compress(encoder, texts, CompressionConfig.model_validate(values))
+
+
 @pytest.mark.slow
 def test_the_embedded_teachers_kept_texts_embed_as_before(
     embedded_teacher: Path, tmp_path: Path, sentences: list[str], tiny_corpus: Path

@@ -19,7 +19,7 @@ from transformers import BertConfig, BertModel
 from embedlib.artifact import hash_files, manifest_of, mark_of, model_fingerprint, new_artifact
 from embedlib.dataset import DistillationSet
 from embedlib.encoder import Encoder
-from embedlib.errors import ConfigError
+from embedlib.errors import ArtifactError, ConfigError
 from embedlib.evaluation.comparison import HeldOut
 from embedlib.metrics import row_cosines
 from embedlib.model_directory import PROMPTS_NAME
@@ -78,6 +78,21 @@ def test_the_student_is_the_one_that_distillation_makes(
     assert hash_files(same) == hash_files(compressed)
     model = SentenceTransformer(str(compressed), device="cpu")
     assert model.encode("the cat", prompt_name="query").shape == (32,)
+
+
+def test_the_longest_text_counts_where_candidates_are_distilled(
+    tiny_encoder: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    for distilled in (0, 2):
+        values = values_for(tmp_path / str(distilled), tiny_encoder, tiny_corpus)
+        values["compression"]["layers"] |= {"distil_candidates": distilled, "distil_steps": 1}
+        made(CompressJob.model_validate(values))
+        shorter = CompressJob.model_validate(values | {"max_text_characters": 20})
+        if distilled:
+            with pytest.raises(ArtifactError, match="student_initial"):
+                made(shorter)
+        else:
+            made(shorter)
 
 
 def test_the_table_says_what_is_left_of_the_teacher(

@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import T5Config, T5EncoderModel
 
 from embedlib.compress.positions import extend_positions
 from embedlib.encoder import Encoder
@@ -55,3 +56,9 @@ def test_a_body_without_a_table_is_refused_when_it_is_too_short(tiny_encoder: Pa
     extend_positions(body, body.config.max_position_embeddings)
     with pytest.raises(ConfigError, match="max_length: 200; BertModel has no table of positions"):
         extend_positions(body, 200)
+
+
+def test_a_body_that_does_not_tell_its_positions_is_refused() -> None:
+    body = T5EncoderModel(T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    with pytest.raises(ConfigError, match="max_length: 20; T5EncoderModel has no table of positions"):
+        extend_positions(body, 20)
