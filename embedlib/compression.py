@@ -101,13 +101,12 @@ def compress(
     config: CompressionConfig,
     rank_distilled: Callable[[list[PreTrainedModel], Tokenizer], int] | None = None,
 ) -> Compressed:
-    """Choose layers and pieces for `texts_by_language` (without prompts) and cut the teacher down to them.
+    """Choose layers and pieces for `texts_by_language` (without prompts; all count) and cut the teacher down to them.
 
     `rank_distilled` returns the index of the best of several students after a short distillation of each.
     """
     prompts = known_prompts(teacher, config.prompts)
-    drawn = _sample(texts_by_language, config)
-    sampled = {language: with_prompts(texts, prompts) for language, texts in drawn.items()}
+    sampled = {language: with_prompts(texts, prompts) for language, texts in sorted(texts_by_language.items())}
     pool = [text for texts in sampled.values() for text in texts]
     probe = Random(config.seed).sample(pool, min(config.layers.probe_texts, len(pool)))
     full_body = body_of(teacher.model)
@@ -115,7 +114,7 @@ def compress(
     if config.max_length:
         position_table(full_body, config.max_length)
     new_pieces = config.vocabulary.new_pieces
-    grown = grow_tokenizer(teacher.tokenizer, drawn, new_pieces) if new_pieces else teacher.tokenizer
+    grown = grow_tokenizer(teacher.tokenizer, texts_by_language, new_pieces) if new_pieces else teacher.tokenizer
 
     choice = choose_layers(len(body_layers(full_body)), config.layers, layer_scorer(teacher, probe))
     vocabulary = choose_pieces(teacher.tokenizer, sampled, config.vocabulary, grown)
@@ -135,15 +134,6 @@ def compress(
     scores = list(choice.scores.items())
     choice = LayerChoice(dict([scores.pop(best), *scores]))
     return Compressed(students[best], tokenizer, choice, vocabulary, byte_scores, new_scores)
-
-
-def _sample(texts_by_language: Mapping[str, Sequence[str]], config: CompressionConfig) -> dict[str, Sequence[str]]:
-    random = Random(config.seed)
-    limit = config.max_texts_per_language
-    return {
-        language: texts if len(texts) <= limit else random.sample(texts, limit)
-        for language, texts in sorted(texts_by_language.items())
-    }
 
 
 def layer_scorer(teacher: Encoder, texts: Sequence[str]) -> Callable[[Layers], LayerScore]:

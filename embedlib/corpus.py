@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from random import Random
 from typing import Any, NamedTuple
 from unicodedata import normalize
 
@@ -273,13 +274,23 @@ class _Sink:
         self.writer.close()
 
 
-def texts_by_language(path: Path) -> dict[str, list[str]]:
-    """All texts of a CORPUS file by language."""
-    table = pq.read_table(path, columns=["text", "lang"])
-    grouped: dict[str, list[str]] = {}
-    for text, lang in zip(table["text"].to_pylist(), table["lang"].to_pylist(), strict=True):
-        grouped.setdefault(lang, []).append(text)
-    return grouped
+def texts_by_language(path: Path, max_texts: int, seed: int) -> dict[str, list[str]]:
+    """Texts of a CORPUS file by language, at most `max_texts` of each, drawn by the seed; only those are held."""
+    langs = pq.read_table(path, columns=["lang"])["lang"].combine_chunks().dictionary_encode()
+    numbers = langs.indices.to_numpy()
+    random = Random(seed)
+    rows: dict[str, npt.NDArray[np.int64]] = {}
+    is_drawn = np.zeros(len(numbers), np.bool_)
+    for language, number in sorted(zip(langs.dictionary.to_pylist(), range(len(langs.dictionary)), strict=True)):
+        found = np.flatnonzero(numbers == number)
+        rows[language] = found if len(found) <= max_texts else found[random.sample(range(len(found)), max_texts)]
+        is_drawn[rows[language]] = True
+    drawn, start = [], 0
+    for batch in pq.ParquetFile(path).iter_batches(READ_ROWS, columns=["text"]):
+        drawn.append(batch["text"].filter(pa.array(is_drawn[start : start + len(batch)])).cast(pa.large_string()))
+        start += len(batch)
+    texts, places = pa.chunked_array(drawn, pa.large_string()), np.cumsum(is_drawn) - 1
+    return {language: texts.take(pa.array(places[found])).to_pylist() for language, found in rows.items()}
 
 
 def short_texts(path: Path, max_characters: int | None) -> npt.NDArray[np.bool_]:

@@ -119,8 +119,10 @@ def make_student(config: CompressJob, teacher_directory: Path, corpus: Path) -> 
                 paths, teacher, probe, config.distillation, config.compression.layers.distil_steps
             )
 
+    compression = config.compression
     with new_artifact(directory, "student_initial", mark, parents=parents, config=values) as (scratch, measurements):
-        student = compress(teacher, texts_by_language(corpus / "train.parquet"), config.compression, rank_distilled)
+        texts = texts_by_language(corpus / "train.parquet", compression.max_texts_per_language, compression.seed)
+        student = compress(teacher, texts, compression, rank_distilled)
         write_student(scratch, student.body, student.tokenizer, teacher_directory, max_length)
         measurements |= student.measurements
     return directory

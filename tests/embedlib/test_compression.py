@@ -35,7 +35,7 @@ COVERAGE = 0.9
 
 @pytest.fixture(scope="module")
 def texts(tiny_corpus: Path) -> dict[str, list[str]]:
-    return texts_by_language(tiny_corpus)
+    return texts_by_language(tiny_corpus, 100, 0)
 
 
 @pytest.fixture(scope="module", params=["tiny_encoder", "tiny_xlmr"])
@@ -377,7 +377,7 @@ def test_the_embedded_teachers_kept_texts_embed_as_before(
     teacher = load(embedded_teacher)
     config = CompressionConfig.model_validate({"layers": {"num_layers": 12, "greedy": False, "probe_texts": 16}})
     # Half of the sentences choose the vocabulary, so that the other half loses pieces.
-    compressed = compress(teacher, {**texts_by_language(tiny_corpus), "und": sentences[::2]}, config)
+    compressed = compress(teacher, {**texts_by_language(tiny_corpus, 100, 0), "und": sentences[::2]}, config)
     write_student(tmp_path, compressed.body, compressed.tokenizer, embedded_teacher, teacher.max_seq_length)
     assert compressed.vocabulary.size == 15_424
     student = load(tmp_path)

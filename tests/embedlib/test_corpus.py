@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -320,7 +321,7 @@ def test_long_texts_can_be_left_out(tiny_corpus: Path, tmp_path: Path) -> None:
 
 
 def test_texts_by_language(tiny_corpus: Path) -> None:
-    texts = texts_by_language(tiny_corpus)
+    texts = texts_by_language(tiny_corpus, 100, 0)
     assert len(texts) == 14
     assert {len(found) for found in texts.values()} == {24}
     assert texts["en"][0] == "the cat is small"
@@ -344,6 +345,29 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("uneven") / "train.parquet"
     pq.write_table(pa.Table.from_arrays(arrays, schema=CORPUS), path)
     return path
+
+
+def test_texts_of_a_language_are_drawn_by_the_seed(uneven: Path) -> None:
+    table = pq.read_table(uneven)
+    in_order: dict[str, list[str]] = {}
+    for text, lang in zip(table["text"].to_pylist(), table["lang"].to_pylist(), strict=True):
+        in_order.setdefault(lang, []).append(text)
+    first, again, other = (texts_by_language(uneven, 500, seed) for seed in (1, 1, 2))
+    assert list(first) == ["de", "en", "th"]
+    assert [len(texts) for texts in first.values()] == [500, 500, 100]
+    # What drawing from lists of all texts gives, language by language.
+    random = Random(1)
+    assert (
+        first
+        == again
+        == {
+            "de": random.sample(in_order["de"], 500),
+            "en": random.sample(in_order["en"], 500),
+            "th": in_order["th"],
+        }
+    )
+    assert other["th"] == first["th"]
+    assert set(other["de"]) != set(first["de"])
 
 
 @pytest.mark.parametrize(

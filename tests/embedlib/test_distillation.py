@@ -50,7 +50,7 @@ def student(tmp_path_factory: pytest.TempPathFactory, teacher: Encoder, tiny_enc
     """Two of the tiny teacher's four layers and most of its pieces."""
     directory = tmp_path_factory.mktemp("student")
     config = CompressionConfig.model_validate({"layers": {"num_layers": 2}, "vocabulary": {"size": 600}})
-    compressed = compress(teacher, texts_by_language(tiny_corpus), config)
+    compressed = compress(teacher, texts_by_language(tiny_corpus, 100, 0), config)
     write_student(directory, compressed.body, compressed.tokenizer, tiny_encoder, teacher.max_seq_length)
     return directory
 
@@ -208,7 +208,7 @@ def test_the_best_after_distilling_is_the_one_that_started_nearest(
 ) -> None:
     # All four layers against two: the first is the teacher but for its vocabulary.
     config = CompressionConfig.model_validate({"layers": {"num_layers": 4}, "vocabulary": {"size": 600}})
-    compressed = compress(teacher, texts_by_language(tiny_corpus), config)
+    compressed = compress(teacher, texts_by_language(tiny_corpus, 100, 0), config)
     write_student(tmp_path, compressed.body, compressed.tokenizer, tiny_encoder, teacher.max_seq_length)
     gentle = CONFIG.model_copy(update={"optimizer": OptimizerConfig(learning_rate=1e-4)})
     assert best_after_distilling([student, tmp_path], teacher, tiny_texts, gentle, num_steps=3) == 1
