@@ -1,6 +1,7 @@
 """A teacher by hub id, by directory, or the embedded default, as a sentence-transformers directory on disk."""
 
 import json
+import shutil
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -88,7 +89,9 @@ def with_prompts_of(directory: Path, prompts: dict[str, str], cache: Path) -> Pa
     mark = fingerprint(model=model_fingerprint(directory), prompts=prompts)
     prompted = cache / "models" / f"prompted-{mark[:12]}"
     if is_finished(prompted, mark):
-        return prompted
+        if all(path.exists() for path in prompted.iterdir()):
+            return prompted
+        shutil.rmtree(prompted)  # the same model lay elsewhere then
     with new_artifact(prompted, "teacher", mark, config={"prompts": prompts}) as (scratch, _):
         for path in directory.iterdir():
             if path.name not in (PROMPTS_NAME, MANIFEST_NAME):

@@ -141,3 +141,11 @@ def test_other_prompts_leave_the_model_as_it_is(tiny_encoder: Path, tmp_path: Pa
     assert np.array_equal(model.encode(["house"], prompt_name="query"), original.encode(["ask: house"]))
     assert model_fingerprint(directory) != model_fingerprint(tiny_encoder)
     assert with_prompts_of(tiny_encoder, prompts, tmp_path) == directory
+
+
+def test_prompted_models_follow_a_teacher_that_was_moved(tiny_encoder: Path, tmp_path: Path) -> None:
+    first = shutil.copytree(tiny_encoder, tmp_path / "first")
+    prompted = with_prompts_of(first, {"query": "q: "}, tmp_path)
+    second = first.rename(tmp_path / "second")
+    assert with_prompts_of(second, {"query": "q: "}, tmp_path) == prompted
+    assert (prompted / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
