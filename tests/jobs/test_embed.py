@@ -92,6 +92,7 @@ def test_rows_without_a_vector_are_told_and_the_others_indexed(
         assert np.dot(nearest[row], nearest[hit]) >= np.dot(nearest[row], nearest[row]) - 1e-3
 
 
+@pytest.mark.slow
 def test_integers_keep_their_calibration_over_a_resume(
     ray_cluster: None, tiny_encoder: Path, tiny_corpus: Path, tmp_path: Path
 ) -> None:

@@ -17,10 +17,9 @@ from embedlib.errors import ArtifactError
 from jobs.embed import EmbedConfig, embed
 from tests.jobs.processes import kill_ray_workers, killed_at_the_end, wait_for
 
-pytestmark = pytest.mark.ray
-# One moment of each kind but the node in every run, 20 in all with --run-slow.
-SLOW_TRIALS = [pytest.param(trial, marks=pytest.mark.slow) for trial in range(5)]
-TRIALS = [0, *SLOW_TRIALS[1:]]
+# Processes of other jobs are killed in every run.
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+TRIALS = range(5)
 REPOSITORY = Path(__file__).parents[2]
 PART_ROWS, NUM_ROWS = 256, 256 * 40
 
@@ -77,7 +76,6 @@ def test_a_killed_encoder_is_started_again(
     assert table(tmp_path).equals(table(undisturbed))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("trial", TRIALS)
 def test_a_killed_job_resumes(undisturbed: Path, corpus: Path, tiny_encoder: Path, tmp_path: Path, trial: int) -> None:
     moment = random.Random(trial).randint(1, 30)
@@ -91,7 +89,7 @@ def test_a_killed_job_resumes(undisturbed: Path, corpus: Path, tiny_encoder: Pat
     assert kept.items() <= {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("part-*.parquet")}.items()
 
 
-@pytest.mark.parametrize("trial", SLOW_TRIALS)  # two minutes each
+@pytest.mark.parametrize("trial", TRIALS)  # two minutes each
 def test_a_job_goes_on_without_a_node(
     undisturbed: Path, corpus: Path, tiny_encoder: Path, tmp_path: Path, trial: int
 ) -> None:
@@ -114,7 +112,6 @@ def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]
     subprocess.run(["umount", "--lazy", tmp_path], check=True)
 
 
-@pytest.mark.slow
 def test_a_full_disk_loses_nothing(undisturbed: Path, corpus: Path, tiny_encoder: Path, small_disk: Path) -> None:
     with pytest.raises(ArtifactError, match=r"part-\d{6}\.parquet: could not be written: .*No space left on device"):
         run(corpus, small_disk, tiny_encoder)
