@@ -24,14 +24,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.command import benchmark_parser, write_result
+from benchmarks.evaluate import every_score
 from benchmarks.machine import describe_machine
 from embedlib.negatives import NegativeRule
 from embedlib.pairs import PairColumns
 from embedlib.pretrained import EMBEDDED_TEACHER
-from embedlib.storage import Store
-from jobs.evaluate import EvaluateConfig, find_models, plan_units, score_all, scorers
+from jobs.evaluate import EvaluateConfig
 from jobs.merge import MergeConfig, merge
-from jobs.metrics import RunReport
 from jobs.mine import MineConfig, mine
 from jobs.runtime import connect
 from jobs.train import TrainConfig, train
@@ -267,14 +266,9 @@ TABLES: dict[str, Callable[[Setting, int], Models]] = {
 def scores_of(models: Models, root: Path, tasks: Mapping[str, Any], work: Path) -> dict[str, Score]:
     """Mean score over its languages, x 100, by model and task."""
     config = EvaluateConfig.model_validate({"output": work, "models": models, "root": str(root), "tasks": tasks})
-    units, _ = plan_units(config)
-    found: dict[str, dict[str, list[float]]] = {name: {unit.name: [] for unit in units} for name in models}
-    report = RunReport("evaluate", "ablations", Store.at(str(work)), {})
-    for result in score_all(scorers(config, len(units)), find_models(config), units, report):
-        if not isinstance(result, list):
-            raise RuntimeError(f"{result.model} on {result.task}: {result.reason}")
-        for score in result:
-            found[score.model][score.task].append(score.value)
+    found: dict[str, dict[str, list[float]]] = {name: {task: [] for task in tasks} for name in models}
+    for score in every_score(config):
+        found[score.model][score.task].append(score.value)
     return {name: {task: float(np.mean(values)) for task, values in of.items()} for name, of in found.items()}
 
 

@@ -13,7 +13,7 @@ import warnings
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,6 +30,10 @@ from embedlib.storage import Store
 from jobs.cli import read_run
 from jobs.metrics import RunReport
 from jobs.runtime import connect
+
+if TYPE_CHECKING:
+    from embedlib.evaluation.scoring import Score
+    from jobs.evaluate import EvaluateConfig
 
 TOLERANCE = 1e-3
 # mteb's wrapper finds prompts by type of task; e5 wants `query: ` on both sides of all that is symmetric.
@@ -89,21 +93,29 @@ def with_mteb(model: str, tasks: dict[str, dict[str, Any]], root: str) -> tuple[
     return time.perf_counter() - start, scores
 
 
+def every_score(config: "EvaluateConfig") -> "list[Score]":
+    """What jobs/evaluate.py scores, without its report, on the cluster joined before; RuntimeError if a task fails."""
+    from jobs.evaluate import find_models, plan_units, score_all, scorers
+
+    units, _ = plan_units(config)
+    report = RunReport("evaluate", "benchmark", Store.at(str(config.directory)), {})
+    found: list[Score] = []
+    for result in score_all(scorers(config, len(units)), find_models(config), units, report):
+        if not isinstance(result, list):
+            raise RuntimeError(f"{result.model} on {result.task}: {result.reason}")
+        found += result
+    return found
+
+
 def with_embedlib(model: str, tasks: dict[str, dict[str, Any]], root: str, cache: str) -> tuple[float, Scores]:
     """The same with the actors of jobs/evaluate.py, on a local cluster."""
     os.environ["EMBEDLIB_CACHE"] = cache
-    from jobs.evaluate import EvaluateConfig, find_models, plan_units, score_all, scorers
+    from jobs.evaluate import EvaluateConfig
 
     connect()
     config = EvaluateConfig.model_validate({"output": cache, "models": {"model": model}, "root": root, "tasks": tasks})
     start = time.perf_counter()
-    units, _ = plan_units(config)
-    scores: Scores = {}
-    report = RunReport("evaluate", "benchmark", Store.at(cache), {})
-    for result in score_all(scorers(config, len(units)), find_models(config), units, report):
-        if not isinstance(result, list):
-            raise RuntimeError(f"{result.task}: {result.reason}")
-        scores |= {f"{score.task}/{score.subset}": score.value / 100 for score in result}
+    scores = {f"{score.task}/{score.subset}": score.value / 100 for score in every_score(config)}
     seconds = time.perf_counter() - start
     ray.shutdown()
     return seconds, scores

@@ -120,7 +120,6 @@ def read_stages(root: Store, config: StatusConfig) -> Iterator[Stage]:
 def read_stage(place: Place, config: StatusConfig, done: Mapping[str, Any]) -> Stage | None:
     """What a directory says of itself; None where it is no stage. `done` is what a recipe says of it."""
     if manifest := place.read(MANIFEST_NAME):
-        took = f"{format_seconds(done['seconds'])} the last time" if done.get("seconds") else ""
         return Stage(
             path=place.name,
             kind=manifest.get("kind", "?"),
@@ -128,7 +127,7 @@ def read_stage(place: Place, config: StatusConfig, done: Mapping[str, Any]) -> S
             state="done",
             share=1.0,
             seconds_left=None,
-            note=summary_of(manifest.get("measurements", {})) or took,
+            note=summary_of(manifest.get("measurements", {})) or took_of(done),
             changed=place.changed(MANIFEST_NAME),
         )
     if note := place.read(NOTE):
@@ -165,9 +164,14 @@ def told_of(place: Place, recipe: Mapping[str, Any]) -> Iterator[Stage]:
             state=state,
             share=1.0 if state == "done" else None,
             seconds_left=None,
-            note=f"{format_seconds(done['seconds'])} the last time" if done.get("seconds") else "",
+            note=took_of(done),
             changed=datetime.fromisoformat(finished) if finished else place.changed(STATE),
         )
+
+
+def took_of(done: Mapping[str, Any]) -> str:
+    """How long a stage took, where its recipe says so."""
+    return f"{format_seconds(done['seconds'])} the last time" if done.get("seconds") else ""
 
 
 def recipe_of(place: Place, recipe: Mapping[str, Any], below: Sequence[Stage]) -> Stage:

@@ -6,16 +6,14 @@ python -m tests.faults.churn CHURN.json
 import jobs  # noqa: F401 isort: skip (sets Ray's authentication mode, which Ray reads when it is imported)
 
 import json
-import os
 import random
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.faults.machines import SideBySide
-from tests.faults.trial import MAX_RUNS, wait_up_to
+from tests.faults.trial import MAX_RUNS, start_driver, wait_up_to
 from tests.jobs.processes import kill_tree
 
 NODES = 3
@@ -31,16 +29,6 @@ class Churn(NamedTuple):
     folder: str
 
 
-def start_driver(churn: Churn, address: str) -> subprocess.Popen[bytes]:
-    """Run the job as its user does."""
-    file = Path(churn.folder) / "values.json"
-    file.write_text(json.dumps(churn.values))
-    log = (Path(churn.folder) / "driver.log").open("ab")
-    environment = os.environ | {"RAY_ADDRESS": address, "PYTHONPATH": os.getcwd()}
-    command = [sys.executable, "-m", "tests.faults.drive", churn.job, str(file)]
-    return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-
-
 def main() -> None:
     """Run it to its end, however often its driver has to be started."""
     churn = Churn(**json.loads(Path(sys.argv[1]).read_text()))
@@ -48,7 +36,7 @@ def main() -> None:
     start = time.monotonic()
     machines = SideBySide(NODES)
     killed: list[int] = []
-    drivers = [start_driver(churn, machines.address)]
+    drivers = [start_driver(churn.job, churn.folder, machines, churn.values)]
     try:
         while True:
             if not wait_up_to(churn.every_s, lambda: drivers[-1].poll() is not None):
@@ -57,7 +45,7 @@ def main() -> None:
                 kill_tree(machines.raylet(killed[-1]))
                 machines.restart(killed[-1])
             elif drivers[-1].returncode and len(drivers) < MAX_RUNS:
-                drivers.append(start_driver(churn, machines.address))
+                drivers.append(start_driver(churn.job, churn.folder, machines, churn.values))
             else:
                 break
     finally:

@@ -200,12 +200,12 @@ def main() -> None:
     print(json.dumps(shown | result), flush=True)
 
 
-def start_driver(plan: Plan, machines: Machines, values: dict[str, Any]) -> subprocess.Popen[bytes]:
-    """Run the job as its user does."""
-    file = Path(plan.folder) / "values.json"
+def start_driver(job: str, folder: str, machines: Machines, values: dict[str, Any]) -> subprocess.Popen[bytes]:
+    """Run a job as its user does; what it says goes to `driver.log` in the folder."""
+    file = Path(folder) / "values.json"
     file.write_text(json.dumps(values))
-    command = [sys.executable, "-m", "tests.faults.drive", plan.job, str(file)]
-    log = (Path(plan.folder) / "driver.log").open("ab")
+    command = [sys.executable, "-m", "tests.faults.drive", job, str(file)]
+    log = (Path(folder) / "driver.log").open("ab")
     environment = os.environ | {"RAY_ADDRESS": machines.address, "PYTHONPATH": os.getcwd()}
     return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
@@ -216,7 +216,7 @@ def job_trial(plan: Plan, machines: Machines) -> dict[str, Any]:
     output.mkdir(exist_ok=True)
     values = work.values(plan.files, output)
     start = time.monotonic()
-    drivers = [start_driver(plan, machines, values)]
+    drivers = [start_driver(plan.job, plan.folder, machines, values)]
     moments: list[tuple[float, int]] = []
     """When the fault had its effect, and the pieces that were done by then."""
     context = Context(
@@ -248,7 +248,7 @@ def job_trial(plan: Plan, machines: Machines) -> dict[str, Any]:
     while drivers[-1].wait() and len(drivers) < MAX_RUNS:
         if reached:
             fault.join()
-        drivers.append(start_driver(plan, machines, values))
+        drivers.append(start_driver(plan.job, plan.folder, machines, values))
     if reached:
         fault.join()
         watcher.join(1)
@@ -279,7 +279,7 @@ def serve_trial(plan: Plan, machines: Machines) -> dict[str, Any]:
     """Disturb the endpoint while clients ask, and count the requests that never had their vector."""
     start = time.monotonic()
     values = endpoint_values(plan, machines)
-    drivers = [start_driver(plan, machines, values)]  # it ends when all replicas are there; they stay
+    drivers = [start_driver(plan.job, plan.folder, machines, values)]  # it ends when all replicas are there; they stay
     url = f"http://{values['host']}:{values['port']}"
     assert drivers[-1].wait(180) == 0, (Path(plan.folder) / "driver.log").read_text()[-2000:]
     with Askers(url, plan.files["model"]) as askers:

@@ -27,19 +27,7 @@ from embedlib.schemas import vector_column
 from jobs.compress import CompressJob, make_corpus, make_student, table_of, teacher_of
 from jobs.distill import DistillConfig, make_dataset, make_texts, take_student
 from tests.conftest import PROMPTS, body_values, write_encoder
-from tests.jobs.test_distill import vocabulary_size
-
-
-def values_for(output: Path, teacher: Path, corpus: Path) -> dict[str, Any]:
-    return {
-        "output": output,
-        "teacher": str(teacher),
-        "corpus": {"path": str(corpus), "validation_share": 0.1, "held_out_share": 0.2},
-        "compression": {
-            "layers": {"num_layers": 2, "probe_texts": 32},
-            "vocabulary": {"size": vocabulary_size(teacher)},
-        },
-    }
+from tests.jobs.test_distill import values_for
 
 
 def made(config: CompressJob) -> Path:

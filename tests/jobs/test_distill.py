@@ -44,16 +44,23 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def values_for(output: Path, teacher: Path, corpus: Path) -> dict[str, Any]:
+    """Half of a tiny teacher's layers, and all its pieces."""
+    return {
+        "output": output,
+        "teacher": str(teacher),
+        "corpus": {"path": str(corpus), "validation_share": 0.1, "held_out_share": 0.2},
+        "compression": {
+            "layers": {"num_layers": 2, "probe_texts": 32},
+            "vocabulary": {"size": vocabulary_size(teacher)},
+        },
+    }
+
+
 def config_for(output: Path, teacher: Path, corpus: Path, **workers: Any) -> DistillConfig:
     return DistillConfig.model_validate(
-        {
-            "output": output,
-            "teacher": str(teacher),
-            "corpus": {"path": str(corpus), "validation_share": 0.1, "held_out_share": 0.2},
-            "compression": {
-                "layers": {"num_layers": 2, "probe_texts": 32},
-                "vocabulary": {"size": vocabulary_size(teacher)},
-            },
+        values_for(output, teacher, corpus)
+        | {
             "distillation": {"epochs": 4, "batch_size": 5, "optimizer": {"learning_rate": 1e-3}},
             "workers": {"validate_every": 50, "checkpoint_every": 20, **workers},
             "plots": False,
