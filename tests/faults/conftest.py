@@ -2,7 +2,7 @@
 
     python -m pytest tests/faults --trials 20 --seed 1 [--jobs embed,mine] [--faults worker,node] [--report faults.json]
 
-Without --trials nothing runs: a trial takes about a minute.
+Without --trials nothing runs: a trial takes about a minute, much of it waiting, so `-n 2` does two at a time.
 """
 
 import json
@@ -90,6 +90,17 @@ def undisturbed(files: dict[str, str], tmp_path_factory: pytest.TempPathFactory)
         return made.get(job, Path())
 
     return of
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Of trials side by side (`-n`), each process hands what it found to the one that reports."""
+    if handed := getattr(session.config, "workeroutput", None):
+        handed["trials"] = RESULTS
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    RESULTS.extend(getattr(node, "workeroutput", {}).get("trials", []))
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
