@@ -5,8 +5,8 @@
 Both sides start from the same student, see the same pairs in the same batches and minimise the same loss (InfoNCE over
 the batch, temperature 0.05) in the same arithmetic, sentence-transformers by `CachedMultipleNegativesRankingLoss`. Its
 dropout stays on, as its documentation has it; embedlib's is off by default, and measured switched on as well. Then the
-peak memory of one step is taken as the batch grows, and a step's time with the graph of the whole batch kept and
-without (GradCache). Every run has a process of its own, variants take turns, and a rate leaves the first steps out.
+peak memory is taken as the batch grows, over the same pairs whatever its size, and a step's time with the graph of the
+whole batch kept and without (GradCache). Every run has a process of its own, variants take turns, and a rate leaves the first steps out.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from embedlib.encoder import Encoder, default_device
 
 LEARNING_RATE, TEMPERATURE = 2e-5, 0.05
 MEMORY_BATCHES, QUICK_MEMORY_BATCHES = (256, 1024, 4096, 8192), (64, 256)
-MEMORY_TOKENS = 32
+MEMORY_TOKENS, MEMORY_MICRO_BATCH = 32, 4096
 STEP_COST_BATCH = 256
 MINI_BATCH = 64
 
@@ -110,7 +110,7 @@ def main() -> None:
                 console.print(
                     f"run {number + 1}/{settings.num_runs} · {variant.name}: {runs[-1].pairs_per_s:,.1f} pairs/s"
                 )
-        memory = {size: in_fresh_process(peak_of_a_step, work, size) for size in sizes}
+        memory = {size: in_fresh_process(peak_of_steps, work, size, sizes[-1]) for size in sizes}
         costs = [in_fresh_process(step_cost, work, min(STEP_COST_BATCH, sizes[-1])) for _ in range(settings.num_runs)]
     rates = {
         variant.name: median(run.pairs_per_s for run in runs if run.variant == variant.name) for variant in VARIANTS
@@ -227,15 +227,17 @@ def rate_of(ends: Sequence[float], settings: Settings) -> float:
     return settings.batch_size * (len(counted) - 1) / (counted[-1] - counted[0])
 
 
-def peak_of_a_step(work: Path, batch_size: int) -> int:
-    """The most memory that a process holds while it takes one step with so many pairs.
+def peak_of_steps(work: Path, batch_size: int, num_pairs: int) -> int:
+    """The most memory that a process holds while it goes through all pairs in batches of so many.
 
-    Texts are cut, so that the longest, whose attention takes the most, is as long in a small batch as in a large one,
-    and no batch is small enough to keep its graph.
+    Each size sees the same pairs, as a training does: a step of few pairs in a new process would not hold what is kept
+    for shapes that come in later ones. Texts are cut, so that the longest, whose attention takes the most, is as long in
+    a small batch as in a large one; and every batch is several micro-batches, of which none is small enough to keep its
+    graph.
     """
     training.WHOLE_GRAPH_TOKENS, training.MAX_LANES = 0, 1
-    samples = read_samples(work, batch_size, MEMORY_TOKENS)
-    config = config_for(batch_size, "auto", dropout=False)
+    samples = read_samples(work, num_pairs, MEMORY_TOKENS)
+    config = config_for(batch_size, "auto", dropout=False).model_copy(update={"micro_batch_tokens": MEMORY_MICRO_BATCH})
     process = psutil.Process()
     with watched_memory(lambda: process.memory_info().rss) as peak:
         model = load_encoder(work / STUDENT, default_device(), config)
@@ -266,7 +268,7 @@ def table_of(rates: dict[str, float], memory: dict[int, int]) -> Table:
     for name, rate in rates.items():
         table.add_row(name, f"{rate:,.1f} pairs/s")
     for size, peak in memory.items():
-        table.add_row(f"a step of {size:,} pairs", f"{peak / 2**20:,.0f} MiB")
+        table.add_row(f"steps of {size:,} pairs", f"{peak / 2**20:,.0f} MiB")
     return table
 
 

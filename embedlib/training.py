@@ -366,7 +366,7 @@ class Backward(NamedTuple):
     def whole(self, micro_batches: MicroBatches) -> float:
         """All forwards, then one backward: quickest where the activations of the batch fit into memory."""
         parts = [self.embed(rows) for rows in _exchanging_last(self.model, micro_batches)]
-        own_part, gradient = self._by_vectors([part.detach() for part in parts], micro_batches)
+        own_part, gradient = self._by_vectors(_in_order(parts, micro_batches))
         torch.autograd.backward(parts, [gradient[rows] * world_size() for rows in micro_batches])
         return own_part
 
@@ -375,13 +375,16 @@ class Backward(NamedTuple):
 
         Chance is replayed, so that dropout leaves out the same the second time.
         """
-        chances, parts = [], []
+        chances, vectors = [], torch.empty(0)
         with torch.no_grad():
             for rows in micro_batches:
                 chances.append(self._chance())
-                parts.append(self.embed(rows))
-        own_part, gradient = self._by_vectors(parts, micro_batches)
-        parts.clear()
+                part = self.embed(rows)
+                if not len(vectors):
+                    # In one piece: many small ones that stay would cut up the memory that activations come back to.
+                    vectors = part.new_empty(sum(map(len, micro_batches)), part.shape[1])
+                vectors[rows] = part
+        own_part, gradient = self._by_vectors(vectors)
         after = self._chance()
         for rows, chance in zip(_exchanging_last(self.model, micro_batches), chances, strict=True):
             self._replay(chance)
@@ -403,8 +406,8 @@ class Backward(NamedTuple):
         """All forwards, then all backwards, each lane of micro-batches in a thread; for one process alone."""
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         parts = side_by_side(lambda lane: [self.embed(rows) for rows in lane], lanes, len(lanes))
-        detached = [part.detach() for lane in parts for part in lane]
-        own_part, gradient = self._by_vectors(detached, [rows for lane in lanes for rows in lane])
+        vectors = _in_order([part for lane in parts for part in lane], [rows for lane in lanes for rows in lane])
+        own_part, gradient = self._by_vectors(vectors)
 
         def backward(number: int) -> tuple[torch.Tensor | None, ...]:
             # Not .backward(): threads must not add to the same gradient.
@@ -417,11 +420,10 @@ class Backward(NamedTuple):
             parameter.grad = reduce(torch.Tensor.add_, found) if found else None
         return own_part
 
-    def _by_vectors(self, parts: list[torch.Tensor], micro_batches: MicroBatches) -> tuple[float, torch.Tensor]:
+    def _by_vectors(self, own_vectors: torch.Tensor) -> tuple[float, torch.Tensor]:
         """This process' part of the loss, and the whole loss's gradient by its own vectors (rows, dim)."""
-        vectors, start = all_gather_rows(torch.cat(parts)[np.argsort(np.concatenate(micro_batches))])
-        parts.clear()
-        own = slice(start, start + sum(map(len, micro_batches)))
+        vectors, start = all_gather_rows(own_vectors)
+        own = slice(start, start + len(own_vectors))
         vectors.requires_grad_(True)
         vectors.grad = torch.zeros_like(vectors)  # a process may have no part in a small batch
         total = 0.0
@@ -430,6 +432,11 @@ class Backward(NamedTuple):
             total += part.item()
         # Every process has the gradient of its own part by the vectors of all.
         return total, all_reduce_sum(vectors.grad)[own]
+
+
+def _in_order(parts: Sequence[torch.Tensor], micro_batches: MicroBatches) -> torch.Tensor:
+    """The vectors of micro-batches as rows of the batch, without gradient."""
+    return torch.cat([part.detach() for part in parts])[np.argsort(np.concatenate(micro_batches))]
 
 
 def _num_lanes(model: nn.Module, device: torch.device) -> int:
