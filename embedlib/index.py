@@ -48,10 +48,7 @@ def build_index(parts: Callable[[], Rows], factory: str) -> faiss.Index:
 
 def train_index(sample: Callable[[int], npt.NDArray[np.float32]], dim: int, factory: str) -> faiss.Index:
     """An empty index that knows what it has to learn from vectors: `sample` gives at most so many (rows, dim)."""
-    try:
-        index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError as error:
-        raise ConfigError(f"index_factory: {factory!r}: FAISS does not know it for {dim} dimensions") from error
+    index = new_index(dim, factory)
     if not index.is_trained:
         inverted = faiss.try_extract_index_ivf(index)
         lists = inverted.nlist if inverted else DEFAULT_LISTS
@@ -61,6 +58,20 @@ def train_index(sample: Callable[[int], npt.NDArray[np.float32]], dim: int, fact
         index.train(vectors)
     # An inverted file keeps ids itself; the other kinds number their vectors.
     return index if faiss.try_extract_index_ivf(index) else faiss.IndexIDMap2(index)
+
+
+def new_index(dim: int, factory: str) -> faiss.Index:
+    """An inner-product index that has learned nothing; ConfigError for a kind that FAISS does not know."""
+    try:
+        return faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise ConfigError(f"index_factory: {factory!r}: FAISS does not know it for {dim} dimensions") from error
+
+
+def code_size(factory: str, dim: int) -> int:
+    """Bytes that a vector's code takes in such an index, its id and a graph's links apart; ConfigError as `new_index`."""
+    index = faiss.downcast_index(new_index(dim, factory))
+    return int((index.storage if isinstance(index, faiss.IndexHNSW) else index).sa_code_size())
 
 
 def write_index(parts: Callable[[], Rows], path: Path, factory: str) -> int:

@@ -110,6 +110,8 @@ class MineConfig(Config):
     def _has_one_corpus(self) -> Self:
         if self.corpus and self.vectors:
             raise ValueError("corpus and vectors: both are passages to search; expected one")
+        if self.rule.language != "any" and self.columns.lang is None:
+            raise ValueError(f"columns.lang: none; rule.language {self.rule.language!r} needs the column of languages")
         return self
 
 

@@ -82,6 +82,11 @@ def present_gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0))
 
 
+def working_nodes() -> int:
+    """Nodes that are there now and give CPUs to work: a head that gives none is not one."""
+    return sum(bool(node["Alive"] and node["Resources"].get("CPU")) for node in ray.nodes())
+
+
 def autoscaled(resource: str) -> int:
     """How much of a resource the autoscaler's configuration allows all nodes together; 0 without one."""
     from ray._private.state import state  # Ray Train asks there, too: nothing public tells

@@ -21,7 +21,7 @@ from pydantic import Field
 from embedlib.artifact import MANIFEST_NAME, Manifest, read_manifest
 from embedlib.config import Config
 from embedlib.errors import ArtifactError, ConfigError, DataError
-from embedlib.index import Assignment, assign, save_index, train_index
+from embedlib.index import Assignment, assign, code_size, save_index, train_index
 from embedlib.schemas import vectors_of
 from embedlib.shard import Chunk, Shard, build_shard
 from embedlib.sources import Part
@@ -29,7 +29,7 @@ from embedlib.storage import Store
 from embedlib.topk import Hits, merge, recall
 from jobs.metrics import RunReport
 from jobs.parts import is_part
-from jobs.runtime import SOME_CPU, own_errors, present_gpus
+from jobs.runtime import SOME_CPU, own_errors, present_gpus, working_nodes
 
 # Below this many rows brute force is quick, and exact.
 EXACT_ROWS = 1_000_000
@@ -40,6 +40,9 @@ RECALL_AT = 10
 ROUGH_CANDIDATES = 1024
 # Shards of several are asked for more than their share, since they are not alike.
 SHARE = 1.25
+# Memory of a shard's index at most, where the number of shards is not given.
+SHARD_BYTES = 8 << 30
+ID_BYTES = 8
 RAISE = 1.5
 # Of a call to a process that died: chance kills it once or twice, what kills it every time is to be told.
 RETRIES = 10
@@ -57,7 +60,8 @@ class SearchConfig(Config):
     """Rows that the index gives a query, over all shards, for their own vectors to be compared; none: 1024 for kinds
     that keep product-quantised codes, which order rows but roughly, else no more than are needed."""
     shards: int | None = Field(default=None, ge=1)
-    """Pieces of the corpus, each with a process; none: one a node, or a GPU where there are more of them."""
+    """Pieces of the corpus, each with a process; none: one a node, or a GPU where there are more of them, and so many
+    that none has an index of more than 8 GiB."""
     nprobe: int = Field(default=16, ge=1)
     """Lists that a query looks into, or how widely it searches a graph."""
     min_recall: float = Field(default=0.95, ge=0, le=1)
@@ -190,13 +194,14 @@ def plan_shards(
 
     `judge` are files of the same rows with a second model's vectors.
     """
-    num_shards = search.shards or max(len(ray.nodes()), present_gpus())
-    chunks = cut([*own, *others], num_shards)
+    (whole,) = cut([*own, *others], 1)
+    factory = factory_of(search, whole)
+    num_shards = search.shards or max(working_nodes(), present_gpus(), -(-index_bytes(factory, whole) // SHARD_BYTES))
     plan = ShardPlan(
         work=str(work),
         search=search.model_dump(),
-        chunks=chunks,
-        factory=factory_of(search, [part for run in chunks for part in run]),
+        chunks=cut([*own, *others], num_shards),
+        factory=factory,
         judge=cut(judge, num_shards) if judge else [],
         columns={"id": "id", "vector": "vector"} | columns,
         id_type=pq.read_schema(own[0]).field("id").type if own else pa.int64(),
@@ -335,6 +340,13 @@ def candidates_a_shard(search: SearchConfig, num_shards: int, factory: str | Non
     return wanted if num_shards == 1 else math.ceil(SHARE * wanted / num_shards)
 
 
+def index_bytes(factory: str | None, parts: Sequence[Part]) -> int:
+    """Memory that the codes and ids of these rows take in such an index; brute force holds none, but reads files."""
+    if factory is None:
+        return 0
+    return sum(part.num_rows for part in parts) * (code_size(factory, dim_of(parts[0])) + ID_BYTES)
+
+
 def dim_of(part: Part) -> int:
     """Elements of the vectors of a part."""
     return int(pq.read_schema(part.file).field("vector").type.list_size)
@@ -342,7 +354,8 @@ def dim_of(part: Part) -> int:
 
 def mergeable(factory: str | None) -> bool:
     """Whether FAISS can merge the lists of such indexes on disk."""
-    return factory is not None and "IVF" in factory and "fs" not in factory
+    # What turns vectors before they come to lists, as in OPQ8,IVF8,SQ8, stands between FAISS and the lists.
+    return factory is not None and factory.startswith("IVF") and "fs" not in factory
 
 
 def train_on_worker(parts: Sequence[Part], factory: str, path: Path, most: int | None) -> None:
@@ -369,11 +382,13 @@ def start_shards(plan: ShardPlan, report: RunReport) -> list[Any]:
 
     Only as many are built at a time as there are cores, since one that is built holds its whole index in memory.
     """
-    cores = (os.cpu_count() or 1) * len(ray.nodes())
+    cores = (os.cpu_count() or 1) * max(1, working_nodes())
     threads = max(1, cores // len(plan.chunks))
     remote = ray.remote(
         num_cpus=SOME_CPU,
-        num_gpus=0 if plan.factory else share_of_gpu(len(plan.chunks)),
+        num_gpus=0 if plan.factory else share_of_gpu(len(plan.chunks), present_gpus()),
+        # What is asked for is what a node must have free, or an autoscaler start.
+        memory=max(index_bytes(plan.factory, parts) for parts in plan.chunks),
         max_restarts=-1,
         max_task_retries=RETRIES,
         scheduling_strategy="SPREAD",
@@ -392,9 +407,10 @@ def start_shards(plan: ShardPlan, report: RunReport) -> list[Any]:
     return shards
 
 
-def share_of_gpu(num_shards: int) -> float:
-    """What each shard takes of a GPU if all take as much; Ray counts in ten-thousandths."""
-    return min(1.0, math.floor(present_gpus() / num_shards * 1e4) / 1e4)
+def share_of_gpu(num_shards: int, num_gpus: int) -> float:
+    """What each shard takes of a GPU if they are spread as evenly as can be; Ray counts in ten-thousandths."""
+    shards_a_gpu = -(-num_shards // num_gpus) if num_gpus else 0
+    return math.floor(1e4 / shards_a_gpu) / 1e4 if shards_a_gpu else 0.0
 
 
 def search_shards(

@@ -76,7 +76,7 @@ def test_keys_tell_texts_apart_and_null_is_zero(shard: Shard) -> None:
     assert set(shard.langs.tolist()) == {0, int(text_keys(pa.chunked_array([["en"]]))[0])}
 
 
-@pytest.mark.parametrize("factory", ["IVF8,Flat", "IVF8,SQ8", "HNSW16", "OPQ8,IVF8,PQ8x4fs"])
+@pytest.mark.parametrize("factory", ["IVF8,Flat", "IVF8,SQ8", "IVF8,RaBitQ", "HNSW16", "OPQ8,IVF8,PQ8x4fs"])
 def test_an_index_gives_candidates_and_the_vectors_their_scores(factory: str, tmp_path: Path) -> None:
     empty = train_index(lambda num_rows: VECTORS[:num_rows].astype(np.float32), 16, factory)
     save_index(empty, tmp_path / "trained.faiss")

@@ -307,6 +307,8 @@ def test_what_cannot_be_is_refused(
     refused(ArtifactError, r'made with prompts \["document"\]; expected \["query"\]', **given, document_prompt="query")
     with pytest.raises(ValueError, match="corpus and vectors: both are passages to search"):
         config_for(tmp_path, tiny_encoder, pairs, pairs, **given)
+    with pytest.raises(ValueError, match=r"columns.lang: none; rule.language 'other' needs"):
+        config_for(tmp_path, tiny_encoder, pairs, None, rule={"language": "other"})
     refused(ConfigError, "negatives up to rank 500 of a corpus of 48 passages", rule={"max_negatives": 500})
     with pytest.raises(ArtifactError, match="holds negatives"):
         mine(config_for(whole, tiny_encoder, pairs, None, rule=RULE | {"seed": 1}))

@@ -1,0 +1,63 @@
+"""How a corpus is cut into shards, and what each of them asks of the cluster."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from embedlib.errors import ConfigError
+from jobs import shards
+from jobs.shards import SearchConfig, cut, index_bytes, mergeable, plan_shards, share_of_gpu
+
+DIM, ROWS = 16, 600
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    vectors = np.random.default_rng(0).normal(size=ROWS * DIM).astype(np.float32)
+    table = pa.table({"id": range(ROWS), "vector": pa.FixedSizeListArray.from_arrays(vectors, DIM)})
+    pq.write_table(table, tmp_path / "part-000000.parquet")
+    return tmp_path / "part-000000.parquet"
+
+
+def nodes(*cpus: float | None) -> list[dict[str, Any]]:
+    """Nodes as Ray tells of them; None for one that is gone."""
+    return [{"Alive": each is not None, "Resources": {"CPU": each} if each else {}} for each in cpus]
+
+
+@pytest.mark.parametrize(("num_shards", "num_gpus"), [(1, 1), (2, 2), (3, 2), (5, 2), (7, 3), (8, 1)])
+def test_all_shards_find_a_gpu_at_once(num_shards: int, num_gpus: int) -> None:
+    share = share_of_gpu(num_shards, num_gpus)
+    # A shard lies on one GPU, with others as far as their shares add up to it.
+    assert num_gpus * int(1 / share + 1e-9) >= num_shards
+    assert share_of_gpu(num_shards, 0) == 0
+
+
+def test_a_shard_takes_no_more_memory_than_it_may(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: nodes(None, 0, 2, 2))
+    monkeypatch.setattr(shards, "present_gpus", lambda: 0)
+    (parts,) = cut([file], 1)
+    assert index_bytes(None, parts) == 0
+    assert index_bytes("HNSW8", parts) == ROWS * (4 * DIM + 8)
+    assert index_bytes("IVF4,SQ8", parts) == ROWS * (DIM + 8)
+
+    def number(index: str, **values: Any) -> int:
+        (file.parent / "trained.faiss").touch()  # as if it had been trained
+        return len(plan_shards(file.parent, SearchConfig(index=index, **values), [file], [], {}).chunks)
+
+    assert number("exact") == 2, "one for each node that works"
+    assert number("exact", shards=5) == 5
+    monkeypatch.setattr(shards, "SHARD_BYTES", ROWS * (DIM + 8) // 4 + 1)
+    assert number("IVF4,SQ8") == 4
+
+
+def test_indexes_that_cannot_be_merged_are_told_before_any_work(file: Path) -> None:
+    assert mergeable("IVF8,SQ8")
+    assert not any(mergeable(factory) for factory in (None, "HNSW8", "IVF8,PQ8x4fs", "OPQ8,IVF8,SQ8"))
+    search = SearchConfig(index="OPQ8,IVF8,SQ8", merged=True, shards=2)
+    with pytest.raises(ConfigError, match="search.merged: with OPQ8,IVF8,SQ8"):
+        plan_shards(file.parent / "work", search, [file], [], {})
