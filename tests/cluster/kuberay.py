@@ -1,4 +1,4 @@
-"""The fields of KubeRay's custom resources (ray.io/v1, KubeRay 1.5) that cluster/kuberay uses, as JSON Schema.
+"""The fields of KubeRay's custom resources (ray.io/v1, KubeRay 1.7) that cluster/kuberay uses, as JSON Schema.
 
 Written after the Go types of the operator. A field that is not here may exist, but nobody here has looked it up: it has
 to be added with its rule before it can be used. Pod templates are Kubernetes' own and are checked against its schema.
