@@ -279,6 +279,9 @@ def test_the_endpoint_is_what_ray_serve_and_its_builder_take(overlay: Path) -> N
     (container,) = group["template"]["spec"]["containers"]
     assert config["http_options"]["port"] in [port["containerPort"] for port in container["ports"]]
     assert container["readinessProbe"]["exec"]["command"][1].endswith("/-/healthz")
+    (head,) = cluster_of(service)["headGroupSpec"]["template"]["spec"]["containers"]
+    # BuildServeService of KubeRay looks nowhere else, and makes no service where it finds none.
+    assert {"name": "serve", "containerPort": config["http_options"]["port"]} in head["ports"]
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.name)
