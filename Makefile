@@ -10,7 +10,7 @@ export PATH := $(BIN):$(PATH)
 # Without its caches every process compiles its libraries anew: 21 s instead of 9 until a worker of jobs/embed.py begins.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo serve test test-all coverage lint format lock bench-distill bench-train bench-encode bench-embed-job bench-serve bench-evaluate bench-mine bench-mine-scale bench-exact-search bench-corpus bench-overheads faults clean
+.PHONY: help demo serve test test-all coverage lint format lock bench-distill bench-train bench-encode bench-embed-job bench-serve bench-evaluate bench-mine bench-mine-scale bench-exact-search bench-corpus bench-overheads faults churn clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -31,7 +31,7 @@ test: $(VENV)/.dev ## the tests
 	$(BIN)/python -m pytest $(SLOW) $(COVERAGE) -m ray tests/cluster tests/serve
 
 test-all: SLOW := --run-slow
-test-all: test ## the tests, slow ones included
+test-all: test ## the tests, slow ones included; make faults and make churn are apart
 
 coverage: COVERAGE := --cov --cov-append --cov-report=
 coverage: test ## the tests, and which lines and branches they pass through
@@ -84,6 +84,9 @@ bench-overheads: $(VENV)/.dev ## what Ray asks for itself by the number of worke
 FAULTS ?= --trials 20
 faults: $(VENV)/.dev ## kill workers, nodes, GCS and drivers, fill disks, cut links: artifacts/faults.json
 	$(BIN)/python -m pytest tests/faults --report artifacts/faults.json $(FAULTS)
+
+churn: $(VENV)/.dev ## a whole recipe on three nodes, of which one is killed and one joins every 30 s
+	$(BIN)/python -m pytest --run-slow tests/faults/test_churn.py
 
 lock: $(VENV)/.dev ## write the versions in use to requirements.lock
 	$(BIN)/pip freeze --exclude-editable --disable-pip-version-check | sed -E 's/^(torch==[^+]+)\+.*/\1/' > requirements.lock
