@@ -1,6 +1,9 @@
 """The files of `ray up`: what Ray makes of them before it starts a machine, and what ours promise beyond that."""
 
 import json
+import re
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +47,11 @@ def test_no_node_starts_without_authentication(path: Path) -> None:
     assert "token=" not in path.read_text().lower()
 
 
+@pytest.mark.parametrize("role", ["data", "gpu"])
 @pytest.mark.parametrize("name", CLOUDS)
-def test_on_demand_stands_in_for_spot(name: str) -> None:
+def test_on_demand_stands_in_for_spot(name: str, role: str) -> None:
     types = prepared(CLUSTER / "ray-up" / f"{name}.yaml")["available_node_types"]
-    spot, fallback = types["gpu-spot"], types["gpu-on-demand"]
+    spot, fallback = types[f"{role}-spot"], types[f"{role}-on-demand"]
     assert spot["priority"] > fallback["priority"]
     # The autoscaler takes one for the other only where both can hold the same work.
     assert spot["resources"] == fallback["resources"]
@@ -112,7 +116,7 @@ def test_every_node_has_an_identity_and_workers_have_another_than_the_head(name:
     head = found.pop(config["head_node_type"])
     assert "embedlib-head" in head
     assert len(set(found.values())) == 1
-    assert "embedlib-worker" in found["data"]
+    assert "embedlib-worker" in found["data-spot"]
     readme = (CLUSTER / "README.md").read_text()
     assert all(path.name in readme for path in (CLUSTER / "ray-up").glob(f"{name}-*.json"))
 
@@ -123,6 +127,52 @@ def test_nodes_say_what_they_are_for(name: str) -> None:
     for kind, each in types.items():
         role, _, market = kind.partition("-")
         assert each["labels"] == {"role": role} | ({"market": market} if market else {})
+
+
+IMAGES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "aws": lambda node: str(node["ImageId"]),
+    "gcp": lambda node: str(node["disks"][0]["initializeParams"]["sourceImage"]),
+}
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_every_node_names_the_image_of_its_host(name: str) -> None:
+    """Left to itself Ray takes one of Ubuntu 18.04 on AWS. Those here have NVIDIA's driver in them."""
+    types = prepared(CLUSTER / "ray-up" / f"{name}.yaml")["available_node_types"]
+    (image,) = {IMAGES[name](each["node_config"]) for each in types.values()}
+    if name == "aws":
+        assert image == "ami-of-your-region", "an id of one region, or of one week"
+        assert image in (CLUSTER / "README.md").read_text()
+    else:
+        assert re.search(r"-nvidia-\d+$", image)
+
+
+HOSTS = {
+    "a GPU": ("NVIDIA L4", 0, "nvidia:{nvidia-container-runtime} runc:{runc}", True),
+    "no GPU": ("a bridge", 127, "runc:{runc}", True),
+    "no driver": ("NVIDIA L4", 127, "nvidia:{nvidia-container-runtime} runc:{runc}", False),
+    "no runtime": ("NVIDIA L4", 0, "runc:{runc}", False),
+}
+"""What `lspci` says, what `nvidia-smi` exits with, what Docker has, and whether the host is taken."""
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("name", CLOUDS)
+def test_a_host_whose_gpu_no_container_would_see_is_not_taken(name: str, host: str, tmp_path: Path) -> None:
+    device, driver, runtimes, is_taken = HOSTS[host]
+    programs = {
+        "lspci": f"echo {device}",
+        "nvidia-smi": f"exit {driver}",
+        "sudo": 'exec "$@"',
+        "docker": f"echo '{runtimes}'",
+        "sleep": "kill $PPID",  # who would wait gives up
+    }
+    for program, line in programs.items():
+        (tmp_path / program).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / program).chmod(0o755)
+    check = prepared(CLUSTER / "ray-up" / f"{name}.yaml")["initialization_commands"][-1]
+    done = subprocess.run(["bash", "-c", check], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True)
+    assert (done.returncode == 0) is is_taken, done.stderr
 
 
 @pytest.mark.parametrize("name", CLOUDS)
