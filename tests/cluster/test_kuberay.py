@@ -31,6 +31,7 @@ from tests.cluster.kuberay import SPECS, cluster_of, templates_of
 
 KUBERAY = CLUSTER / "kuberay"
 OVERLAYS = [KUBERAY / "overlays" / name for name in ("dev", "prod")]
+DEV_JOB = KUBERAY / "overlays" / "dev-job"
 JOBS = sorted((KUBERAY / "jobs").iterdir())
 CONFIGS: dict[str, Any] = {
     "bitext": bitext.BitextConfig,
@@ -341,6 +342,18 @@ def test_every_job_has_values_that_it_takes(directory: Path, monkeypatch: pytest
     read_config(CONFIGS[directory.name], arguments)
     with pytest.raises((Exception, SystemExit)):
         read_config(CONFIGS[directory.name], [*arguments, "--no_such_key", "1"])
+
+
+def test_a_job_runs_beside_the_dev_overlay_and_is_no_larger() -> None:
+    (job,) = built(DEV_JOB)
+    jsonschema.validate(job["spec"], SPECS["RayJob"])
+    (cluster,) = of_kind(built(OVERLAYS[0]), "RayCluster")
+    assert job["metadata"]["namespace"] == cluster["metadata"]["namespace"]
+    mine, theirs = templates_of(job), templates_of(cluster)
+    assert mine.keys() - theirs.keys() == {"submitter"}
+    for name, template in theirs.items():
+        (container,), (other,) = mine[name]["spec"]["containers"], template["spec"]["containers"]
+        assert (container["resources"], container["image"]) == (other["resources"], other["image"]), name
 
 
 def test_every_job_has_a_resource() -> None:
