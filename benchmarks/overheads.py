@@ -5,8 +5,9 @@
 The model does nothing, so that everything measured is overhead: the time of a task and of a part of an embedding job,
 the bytes that go through the object store, and the time and bytes of a step's all-reduce, at 1, 2, 4 and 8 workers of
 this machine. Workers share its cores, which machines would not; so no time here is a cluster's. The model of many GPUs
-takes bytes and the driver's time for each part from the measurements, and bandwidths from data sheets. Its shape is
-checked here: fitted to fewer workers, it must tell the exchange among the most.
+takes bytes and the driver's time for each part from the measurements, a GPU's rates from sizing.yaml, and bandwidths
+from data sheets. Its shape is checked here: fitted to fewer workers, it must tell the exchange among the most, and the
+driver's time for a part.
 """
 
 import json
@@ -26,14 +27,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.command import benchmark_parser, write_result
 from benchmarks.machine import describe_machine
+from benchmarks.sizing import Constants, vectors_s
 from embedlib.collectives import all_gather_rows
 from jobs.runtime import connect
 
 WORKERS, QUICK_WORKERS = (1, 2, 4, 8), (1, 2, 4)
 GPUS = (8, 64, 512)
 PARTS, STEPS = 256, 30
-# The student of the me5s recipe: its gradients are what is added up, its batch what is gathered.
-PARAMETERS, DIM, BATCH = 13_218_816, 384, 512
+# The student of the me5s recipe: its gradients are what is added up. The batch is that of the steps whose rate is in
+# sizing.yaml; its vectors are what is gathered.
+PARAMETERS, DIM, BATCH = 13_218_816, 384, 1024
 MEASURED_PARAMETERS = 1_000_000
 # A part of jobs/embed.py: 32,768 rows of 650 bytes (float16, 384 wide, with ids), written by the worker itself.
 PART_ROWS = 32_768
@@ -55,22 +58,33 @@ class Link(NamedTuple):
 
 
 class Hardware(NamedTuple):
-    """A node, by its data sheet."""
+    """A node: its links by their data sheets."""
 
     name: str
     gpus: int
     texts_per_s: float
-    """One GPU's rate, embedding; assumed."""
+    """One GPU's rate, embedding by the teacher."""
     step_s: float
-    """Compute of a training step on one GPU, at BATCH samples a GPU; assumed."""
+    """Compute of a training step on one GPU, at BATCH samples a GPU."""
     inside: Link
     """Between GPUs of a node."""
     between: Link
     """A node's network."""
 
 
-H100 = Hardware("8 × H100, NVLink, 400 Gbit/s", 8, 20_000.0, 0.040, Link(450e9, 5e-6), Link(50e9, 40e-6))
-L4 = Hardware("1 × L4, 25 Gbit/s", 1, 4_000.0, 0.200, Link(32e9, 5e-6), Link(3.1e9, 100e-6))
+def hardware_of(given: Constants) -> list[Hardware]:
+    """Nodes with an H100's measured rates, and with an L4's by the ratio of their peaks."""
+    return [
+        Hardware("8 × H100, NVLink, 400 Gbit/s", 8, *gpu_rates(given, "H100"), Link(450e9, 5e-6), Link(50e9, 40e-6)),
+        Hardware("1 × L4, 25 Gbit/s", 1, *gpu_rates(given, "L4"), Link(32e9, 5e-6), Link(3.1e9, 100e-6)),
+    ]
+
+
+def gpu_rates(given: Constants, name: str) -> tuple[float, float]:
+    """Texts a second that a GPU of this name embeds, and seconds of its training step of BATCH samples."""
+    machine = given.machines[name]
+    samples_per_s = given.rate("gpu_distil_samples_per_s") * given.gpu(machine)
+    return 1 / vectors_s(given, machine, 1), BATCH / samples_per_s
 
 
 class NoOp:
@@ -213,8 +227,10 @@ def exchange_s(hardware: Hardware, gpus: int) -> float:
 
 
 class Check(NamedTuple):
-    """The exchange's cost as the model has it against what was measured, on this machine's loopback."""
+    """A cost as the model has it against what was measured, on this machine."""
 
+    cost: str
+    """The exchange of a training step, or the driver's part of an embedding."""
     workers: int
     measured_s: float
     modelled_s: float
@@ -230,14 +246,32 @@ def checked(steps: Sequence[Step]) -> tuple[Link, list[Check]]:
         np.array([link.seconds(step.workers, sent(step)) for step in several])
         for link in (unit._replace(bytes_per_s=math.inf), unit._replace(latency_s=0.0))
     )
-    fitted = slice(0, max(1, len(several) - 1))
+    fitted = slice(0, num_fitted(several))
     measured = np.array([step.reduce_s for step in several])
     (latency_s, seconds_a_byte), _ = nnls(np.stack([doublings, moved], axis=1)[fitted], measured[fitted])
     link = Link(1 / seconds_a_byte if seconds_a_byte else math.inf, float(latency_s), is_shared=True)
     return link, [
-        Check(step.workers, step.reduce_s, link.seconds(step.workers, sent(step)), number >= fitted.stop)
+        Check("exchange", step.workers, step.reduce_s, link.seconds(step.workers, sent(step)), number >= fitted.stop)
         for number, step in enumerate(several)
     ]
+
+
+def checked_parts(scheduling: Sequence[Scheduling]) -> list[Check]:
+    """The driver's worst time for a part, of all points but the one of most workers, against that at each."""
+    ordered = sorted(scheduling)
+    fitted = num_fitted(ordered)
+    part_s = worst_part_s(ordered[:fitted])
+    return [Check("part", each.workers, each.part_s, part_s, n >= fitted) for n, each in enumerate(ordered)]
+
+
+def num_fitted(points: Sequence[Any]) -> int:
+    """How many points a model is fitted to: all but the one of most workers, if there are others."""
+    return max(1, len(points) - 1)
+
+
+def worst_part_s(scheduling: Sequence[Scheduling]) -> float:
+    """Seconds that the driver takes for a part, of whatever number of workers it takes longest for."""
+    return max(each.part_s for each in scheduling)
 
 
 def sent(step: Step) -> float:
@@ -247,7 +281,7 @@ def sent(step: Step) -> float:
 
 def modelled(scheduling: Sequence[Scheduling]) -> list[dict[str, Any]]:
     """Efficiency by hardware and number of GPUs, with the driver's worst time for a part."""
-    part_s = max(each.part_s for each in scheduling)
+    part_s = worst_part_s(scheduling)
     return [
         {
             "hardware": hardware.name,
@@ -256,7 +290,7 @@ def modelled(scheduling: Sequence[Scheduling]) -> list[dict[str, Any]]:
             "train": train_efficiency(hardware, gpus),
             "exchange_ms": 1e3 * exchange_s(hardware, gpus),
         }
-        for hardware in (H100, L4)
+        for hardware in hardware_of(Constants.read())
         for gpus in GPUS
     ]
 
@@ -272,8 +306,9 @@ def main() -> None:
     scheduling = [measure_scheduling(number, parts) for number in workers]
     exchanged = [measure_steps(number, steps) for number in workers]
     link, checks = checked(exchanged)
+    parts_checked = checked_parts(scheduling)
     model = modelled(scheduling)
-    for each in (*scheduling, *exchanged, *checks):
+    for each in (*scheduling, *exchanged, *checks, *parts_checked):
         print(type(each).__name__, json.dumps(each._asdict()))
     print(f"this machine's exchange: {link.bytes_per_s / 1e9:.2f} GB/s, {1e3 * link.latency_s:.2f} ms a doubling")
     for row in model:
@@ -284,7 +319,10 @@ def main() -> None:
             "scheduling": [each._asdict() for each in scheduling],
             "steps": [each._asdict() for each in exchanged],
         },
-        "ratios": {"modelled_by_measured": {each.workers: each.modelled_s / each.measured_s for each in checks}},
+        "ratios": {
+            "modelled_by_measured": {each.workers: each.modelled_s / each.measured_s for each in checks},
+            "part_modelled_by_measured": {each.workers: each.modelled_s / each.measured_s for each in parts_checked},
+        },
         "model": model,
         "exchange": link._asdict(),
     }
