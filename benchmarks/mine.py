@@ -117,8 +117,7 @@ def main() -> None:
             "default_speed_vs_st": last["peer_seconds"] / last["default_seconds"],
             "memory_vs_st": last["peak_bytes"] / last["peer_peak_bytes"],
             "sharding_overhead": shards["exact"]["shard_seconds"][1] / shards["exact"]["plain_seconds"] - 1,
-            "most_sharding_overhead": max(shards["exact"]["shard_seconds"].values())
-            / shards["exact"]["plain_seconds"]
+            "most_sharding_overhead": max(shards["exact"]["shard_seconds"].values()) / shards["exact"]["plain_seconds"]
             - 1,
         },
         "recall_at_10": shards["ivf"]["recall_at_10"][SHARDS[-1]],

@@ -6,7 +6,8 @@ Both sides start from the same student, see the same pairs in the same batches a
 the batch, temperature 0.05) in the same arithmetic, sentence-transformers by `CachedMultipleNegativesRankingLoss`. Its
 dropout stays on, as its documentation has it; embedlib's is off by default, and measured switched on as well. Then the
 peak memory is taken as the batch grows, over the same pairs whatever its size, and a step's time with the graph of the
-whole batch kept and without (GradCache). Every run has a process of its own, variants take turns, and a rate leaves the first steps out.
+whole batch kept and without (GradCache). Every run has a process of its own, variants take turns, and a rate leaves the
+first steps out.
 """
 
 import argparse
@@ -44,7 +45,7 @@ from embedlib.encoder import Encoder, default_device
 
 LEARNING_RATE, TEMPERATURE = 2e-5, 0.05
 MEMORY_BATCHES, QUICK_MEMORY_BATCHES = (256, 1024, 4096, 8192), (64, 256)
-MEMORY_TOKENS, MEMORY_MICRO_BATCH = 32, 4096
+MEMORY_TOKENS = 32
 STEP_COST_BATCH = 256
 MINI_BATCH = 64
 
@@ -231,13 +232,12 @@ def peak_of_steps(work: Path, batch_size: int, num_pairs: int) -> int:
     """The most memory that a process holds while it goes through all pairs in batches of so many.
 
     Each size sees the same pairs, as a training does: a step of few pairs in a new process would not hold what is kept
-    for shapes that come in later ones. Texts are cut, so that the longest, whose attention takes the most, is as long in
-    a small batch as in a large one; and every batch is several micro-batches, of which none is small enough to keep its
-    graph.
+    for shapes that come in later ones. Texts are cut, so that the longest, whose attention takes the most, is as long
+    in a small batch as in a large one; and no batch is small enough to keep its graph.
     """
     training.WHOLE_GRAPH_TOKENS, training.MAX_LANES = 0, 1
     samples = read_samples(work, num_pairs, MEMORY_TOKENS)
-    config = config_for(batch_size, "auto", dropout=False).model_copy(update={"micro_batch_tokens": MEMORY_MICRO_BATCH})
+    config = config_for(batch_size, "auto", dropout=False)
     process = psutil.Process()
     with watched_memory(lambda: process.memory_info().rss) as peak:
         model = load_encoder(work / STUDENT, default_device(), config)

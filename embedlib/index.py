@@ -69,8 +69,8 @@ def new_index(dim: int, factory: str) -> faiss.Index:
 
 
 def code_size(factory: str, dim: int) -> int:
-    """Bytes that a vector's code takes in such an index, its id and a graph's links apart; ConfigError as `new_index`."""
-    index = faiss.downcast_index(new_index(dim, factory))
+    """Bytes that a vector's code takes in such an index, its id and a graph's links apart; errors as `new_index` has."""
+    index = new_index(dim, factory)
     return int((index.storage if isinstance(index, faiss.IndexHNSW) else index).sa_code_size())
 
 

@@ -59,5 +59,5 @@ def test_indexes_that_cannot_be_merged_are_told_before_any_work(file: Path) -> N
     assert mergeable("IVF8,SQ8")
     assert not any(mergeable(factory) for factory in (None, "HNSW8", "IVF8,PQ8x4fs", "OPQ8,IVF8,SQ8"))
     search = SearchConfig(index="OPQ8,IVF8,SQ8", merged=True, shards=2)
-    with pytest.raises(ConfigError, match="search.merged: with OPQ8,IVF8,SQ8"):
+    with pytest.raises(ConfigError, match=r"search\.merged: with OPQ8,IVF8,SQ8"):
         plan_shards(file.parent / "work", search, [file], [], {})
