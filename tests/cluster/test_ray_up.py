@@ -170,7 +170,8 @@ def test_a_host_whose_gpu_no_container_would_see_is_not_taken(name: str, host: s
     for program, line in programs.items():
         (tmp_path / program).write_text(f"#!/bin/sh\n{line}\n")
         (tmp_path / program).chmod(0o755)
-    check = prepared(CLUSTER / "ray-up" / f"{name}.yaml")["initialization_commands"][-1]
+    commands = prepared(CLUSTER / "ray-up" / f"{name}.yaml")["initialization_commands"]
+    (check,) = [command for command in commands if "nvidia-smi" in command]
     done = subprocess.run(["bash", "-c", check], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True)
     assert (done.returncode == 0) is is_taken, done.stderr
 
