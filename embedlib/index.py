@@ -69,8 +69,10 @@ def new_index(dim: int, factory: str) -> faiss.Index:
 
 
 def code_size(factory: str, dim: int) -> int:
-    """Bytes that a vector's code takes in such an index, its id and a graph's links apart; errors as `new_index` has."""
+    """Bytes that a vector's code takes in such an index, its id and a graph's links apart; ConfigError as above."""
     index = new_index(dim, factory)
+    if inverted := faiss.try_extract_index_ivf(index):
+        return int(inverted.code_size)
     return int((index.storage if isinstance(index, faiss.IndexHNSW) else index).sa_code_size())
 
 
