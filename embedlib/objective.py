@@ -307,8 +307,11 @@ class Objective:
 
 def _linked(left: torch.Tensor, ends: torch.Tensor, others: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Whether a pair of `ends` and `others` (pairs,) joins a text of `left` and one of `right`, (left, right)."""
-    at_left, at_right = (left[:, None] == ends).float(), (others[:, None] == right).float()
-    return at_left @ at_right > 0
+    # By text: a large batch knows far too many pairs to compare each with all of `right`.
+    rows, pairs = (left[:, None] == ends).nonzero(as_tuple=True)
+    linked = torch.zeros(len(left), 1 + int(max(others.max(), right.max())), dtype=torch.bool, device=left.device)
+    linked[rows, others[pairs]] = True
+    return linked[:, right]
 
 
 def _own_negatives(unit: torch.Tensor, samples: Samples, rows: slice) -> torch.Tensor:

@@ -8,6 +8,8 @@ from pydantic import ValidationError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from embedlib.errors import ConfigError
 from embedlib.objective import Objective, ObjectiveConfig, Objectives, Samples
@@ -163,6 +165,45 @@ def test_what_samples_elsewhere_tell_to_be_an_answer_is_no_negative(directions: 
         rows = table[2, [0, 1]], table[3, [1]]
     for sample, scores in enumerate(rows):
         torch.testing.assert_close(found[sample], functional.cross_entropy(scores[None], torch.tensor([0])))
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of a tensor that came out of an operation."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        self.elements = max([self.elements, *(each.numel() for each in tree_leaves(found) if torch.is_tensor(each))])
+        return found
+
+
+@pytest.mark.parametrize("directions", [["query_to_document"], ["document_to_query"]])
+def test_known_answers_are_looked_up_as_one_by_one_in_little_memory(directions: list[str]) -> None:
+    chance = torch.Generator().manual_seed(0)
+    vectors = torch.randn(24, 8, generator=chance)
+    pairs = torch.stack([torch.randint(first, last, (400,), generator=chance) for first, last in ((0, 8), (8, 24))], 1)
+    pairs = pairs[pairs.sum(dim=1) % 3 == 0]
+    queries = torch.arange(8)
+    samples = Samples(queries, 8 + queries, 16 + queries[:, None], answers=pairs)
+    known = {(query, text) for query, text in pairs.tolist()}
+    unit = functional.normalize(vectors, dim=-1)
+    scores = unit @ unit.T / 0.05
+    expected = []
+    for query, own in enumerate(range(8, 16)):
+        if directions == ["query_to_document"]:
+            others = [text for text in range(8, 24) if text != own and (query, text) not in known]
+        else:
+            others = [other for other in range(8) if other != query and (other, own) not in known]
+        row = scores[query] if directions == ["query_to_document"] else scores[own]
+        expected.append(
+            functional.cross_entropy(torch.stack([scores[query, own], *row[others]])[None], torch.tensor([0]))
+        )
+    found = objective(info_nce={"directions": directions})
+    with Largest() as largest:
+        rows = [found(vectors, samples, slice(row, row + 1)) for row in range(8)]
+    torch.testing.assert_close(torch.cat(rows), torch.stack(expected))
+    assert largest.elements <= pairs.numel()
 
 
 def test_a_query_is_not_its_own_negative() -> None:
