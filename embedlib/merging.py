@@ -59,14 +59,16 @@ def slerp(first: Weights, second: Weights, position: float) -> Weights:
 def ties(base: Weights, models: Sequence[Weights], weights: Sequence[float], density: float) -> Weights:
     """TIES (Yadav et al. 2023, arXiv:2306.01708): trim, elect a sign, and take the mean of those that agree with it.
 
-    Of each task vector only the share `density` of its largest entries is kept, over all tensors together.
+    Of each task vector only the share `density` of its largest entries is kept, over all tensors together. Signs and
+    mean are weighted: equal weights of any size give the paper's mean, and a negative one turns its vector round.
     """
     trimmed = [_trim(vector, density) for vector in task_vectors(base, models)]
 
     def elected(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         stack = torch.stack([w * tensor for w, tensor in zip(weights, tensors, strict=True)])
         agrees = (stack.sign() == stack.sum(dim=0).sign()) & (stack != 0)
-        return (stack * agrees).sum(dim=0) / agrees.sum(dim=0).clamp(min=1)
+        agreeing = sum((abs(w) * each for w, each in zip(weights, agrees, strict=True)), torch.zeros(()))
+        return torch.where(agrees.any(dim=0), (stack * agrees).sum(dim=0) / agreeing, 0)
 
     return {name: base[name] + vector for name, vector in _each(trimmed, elected).items()}
 

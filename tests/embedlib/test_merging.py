@@ -43,6 +43,23 @@ def test_ties_trims_elects_and_averages() -> None:
     torch.testing.assert_close(merged, torch.tensor([3.0, -3.0, -2.0, 0.0]))
 
 
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ([0.5, 0.5], [3.0, -3.0, -2.0, 0.0]),
+        # Place 1: +2 against −3.
+        ([2.0, 1.0], [10 / 3, -3.0, -7 / 3, 0.0]),
+        # Place 0: −4 against +2.
+        ([-1.0, 1.0], [-4.0, -2.0, 3.0, 0.0]),
+        ([0.0, 2.0], [2.0, -3.0, -1.0, 0.0]),
+    ],
+)
+def test_ties_takes_the_mean_by_the_weights_that_agree(weights: list[float], expected: list[float]) -> None:
+    base = {"w": torch.zeros(4)}
+    first, second = {"w": torch.tensor([4.0, 1.0, -3.0, 0.1])}, {"w": torch.tensor([2.0, -3.0, -1.0, 0.2])}
+    torch.testing.assert_close(ties(base, [first, second], weights, density=0.75)["w"], torch.tensor(expected))
+
+
 def test_self_positioning_finds_the_weights_that_made_the_target() -> None:
     torch.manual_seed(0)
     model = nn.Linear(6, 4)
