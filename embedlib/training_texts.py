@@ -270,12 +270,14 @@ def _numbered(chunks: list[_Rows], rejected: list[Rejected]) -> TrainingTexts:
         queries = numbers[each.data.query_prompt].pop(0)
         documents = numbers[each.data.document_prompt].pop(0)
         samples.append(np.concatenate([queries[:, None], _padded(documents, each.counts, most, NO_TEXT)], axis=1))
-    answers = np.unique(np.concatenate([numbers_of[:, 0] * first + numbers_of[:, 1] for numbers_of in samples]))
+    # A pair with a label may be none of query and answer. The last number is no pair's, and above all of them.
+    known = [of[:, 0] * first + of[:, 1] for each, of in zip(chunks, samples, strict=True) if each.labels is None]
+    answers = np.unique(np.concatenate([*known, [first * first]]))
     for each, numbers_of in zip(chunks, samples, strict=True):
-        # A row's own query is no negative of it, nor is what answers its query in any row.
+        # A row's own query and positive are no negatives of it, nor is what answers its query in any row.
         pairs = numbers_of[:, :1] * first + numbers_of[:, 2:]
-        places = np.minimum(np.searchsorted(answers, pairs), len(answers) - 1)
-        own = (answers[places] == pairs) | (numbers_of[:, 2:] == numbers_of[:, :1])
+        is_answer = answers[np.searchsorted(answers, pairs)] == pairs
+        own = is_answer | (numbers_of[:, 2:] == numbers_of[:, :1]) | (numbers_of[:, 2:] == numbers_of[:, 1:2])
         numbers_of[:, 2:][own] = NO_TEXT
         if each.scores is None:
             scores.append(np.full((len(numbers_of), 1 + most), np.nan, np.float32))

@@ -65,7 +65,7 @@ VALIDATION_SAMPLES = 1000
 # Queries of a dataset with labels: fewer are often all labelled alike.
 MIN_RANKED = 10
 # Of what stage `texts` writes.
-TEXTS_VERSION = 3
+TEXTS_VERSION = 4
 
 
 class TrainConfig(Config):
@@ -370,7 +370,10 @@ def write_samples(directory: Path, texts: Path, encoder: Encoder, temperature: f
     there = sizes > 0
     shares[there] = temperature_shares(sizes[there], weights[there], temperature)
     np.save(directory / SHARES, shares)
-    np.save(directory / ANSWERS, several_answers(np.load(texts / SAMPLES, mmap_mode="r")))
+    # A pair with a label may be none of query and answer.
+    ungraded = np.isnan(np.load(texts / LABELS)) if (texts / LABELS).exists() else slice(None)
+    answering = np.load(texts / SAMPLES, mmap_mode="r")[ungraded, :2]
+    np.save(directory / ANSWERS, several_answers(answering))
     for file in (SAMPLES, GROUPS, DATASETS, SCORES, LABELS):
         if (texts / file).exists():
             shutil.copyfile(texts / file, directory / file)

@@ -75,6 +75,7 @@ def test_a_batch_knows_what_else_answers_its_queries() -> None:
     samples = np.array([[0, 10], [0, 11], [1, 11], [2, 12], [2, 13], [2, 12]])
     answers = several_answers(samples)
     assert answers.tolist() == [[0, 10], [0, 11], [2, 12], [2, 13]]
+    assert several_answers(samples[:0]).shape == (0, 2)
     dataset = ContrastiveSet(
         np.zeros(14, np.int32), np.arange(15), samples, np.zeros(6, np.int64), np.ones(1), answers=answers
     )

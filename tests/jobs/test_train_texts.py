@@ -9,10 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from embedlib.dataset import ANSWERS
+from embedlib.encoder import Encoder
 from embedlib.errors import DataError
 from embedlib.training_texts import TrainingData, read_training_texts
 from jobs.merge import MergeConfig, make_probe
-from jobs.train import TrainConfig, make_texts, split
+from jobs.train import TrainConfig, make_texts, split, write_samples, write_texts
 
 LABELS = {"cosent": {"weight": 1.0}, "info_nce": {"weight": 0.0}}
 
@@ -84,3 +86,25 @@ def test_errors_name_the_keys_that_the_user_wrote(tmp_path: Path) -> None:
         values = {"output": tmp_path / "merged", "models": ["a", "b"], "probe": {"data": [{"path": plain}, data]}}
         with pytest.raises(DataError, match=message):
             make_probe(MergeConfig.model_validate(values), tmp_path)
+
+
+def test_a_pair_with_a_label_is_no_right_answer(tmp_path: Path, tiny_encoder: Path) -> None:
+    triplet = {"query": ["a"], "positive": ["b"], "negatives": [["c"]]}
+    graded = {"query": ["a", "d"], "positive": ["c", "b"], "negatives": [["b"], ["b"]], "score": [0.0, 1.0]}
+    for name, columns in (("triplet", triplet), ("graded", graded)):
+        pq.write_table(pa.table(columns), tmp_path / f"{name}.parquet")
+    datasets = [
+        TrainingData(path=str(tmp_path / "triplet.parquet"), negatives="negatives"),
+        TrainingData(path=str(tmp_path / "graded.parquet"), negatives="negatives", label="score"),
+    ]
+    found = read_training_texts(datasets, 100)
+    texts = [text for each in found.texts.values() for text in each.to_pylist()]
+    # What a row without a label says is an answer, and so is the own positive.
+    assert [[texts[number] for number in sample if number >= 0] for sample in found.samples] == [
+        ["a", "b", "c"],
+        ["a", "c"],
+        ["d", "b"],
+    ]
+    write_texts(tmp_path / "texts", found)
+    write_samples(tmp_path / "dataset", tmp_path / "texts", Encoder.load(tiny_encoder), 1.0)
+    assert not len(np.load(tmp_path / "dataset" / ANSWERS))
