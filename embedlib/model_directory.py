@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 PROMPTS_NAME = "config_sentence_transformers.json"
 DIMENSIONS = "matryoshka_dims"
+# What models call the prompt of a side, the usual name first.
+QUERY_PROMPTS = ("query",)
+DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 SPECIAL_TOKENS = {
     "bos_token": "<s>",
     "cls_token": "<s>",
@@ -92,6 +95,12 @@ def read_prompts(directory: Path) -> dict[str, str]:
     path = directory / PROMPTS_NAME
     values = json.loads(path.read_text()) if path.is_file() else {}
     return dict(values.get("prompts") or {})
+
+
+def prompts_of(model: Path, named: str | None, usual: Sequence[str]) -> list[str]:
+    """The prompt before some texts: the one that was named, else the first of the usual ones that the model has."""
+    known = read_prompts(model)
+    return [named] if named else [name for name in usual if name in known][:1]
 
 
 def trained_dimensions(directory: Path) -> list[int]:

@@ -31,7 +31,7 @@ from embedlib.config import Config
 from embedlib.embedding import VectorsConfig
 from embedlib.errors import ArtifactError, ConfigError
 from embedlib.index import merge_indexes
-from embedlib.model_directory import read_prompts
+from embedlib.model_directory import DOCUMENT_PROMPTS, QUERY_PROMPTS, prompts_of
 from embedlib.negatives import NegativeRule
 from embedlib.pairs import PairColumns, Pairs, read_pairs
 from embedlib.pretrained import cross_encoder_directory, pretrained_directory
@@ -60,8 +60,6 @@ from jobs.shards import (
     vectors_manifest,
 )
 
-QUERY_PROMPTS = ("query",)
-DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 SAMPLED_BLOCKS = 16
 PART_ROWS = 32768
 INDEX_ROWS = "index-rows.parquet"
@@ -208,12 +206,6 @@ def vectors_mark(config: MineConfig, directory: Path, model: Path, mark: str) ->
 def shown(value: Any) -> str:
     """A value of a configuration as one would write it."""
     return json.dumps(value.model_dump(mode="json") if isinstance(value, Config) else value)
-
-
-def prompts_of(model: Path, named: str | None, usual: Sequence[str]) -> list[str]:
-    """The prompt before some texts: the one that was named, else the first of the usual ones that the model has."""
-    known = read_prompts(model)
-    return [named] if named else [name for name in usual if name in known][:1]
 
 
 class Judging(NamedTuple):

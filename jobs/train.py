@@ -50,7 +50,7 @@ from embedlib.distillation import resolve_dtype, write_trained
 from embedlib.embedding import VectorsConfig
 from embedlib.encoder import Encoder
 from embedlib.errors import DataError
-from embedlib.model_directory import read_prompts, write_trained_dimensions
+from embedlib.model_directory import DOCUMENT_PROMPTS, prompts_of, read_prompts, write_trained_dimensions
 from embedlib.objective import ObjectiveConfig
 from embedlib.pretrained import pretrained_directory
 from embedlib.sampling import temperature_shares
@@ -304,7 +304,6 @@ def make_vectors(
 
     None `wanted` by number: those of all texts.
     """
-    named = read_prompts(model)
     directory = config.directory / "vectors"
     directory.mkdir(exist_ok=True)
     jobs = []
@@ -322,11 +321,19 @@ def make_vectors(
                 input=str(file),
                 output=str(directory / f"{name}-{number}"),
                 model=str(model),
-                prompts=[prompt] if prompt in named else [],
+                prompts=prompts_like(prompt, model, name) if prompt else [],
                 vectors=VectorsConfig(normalise=True),
             )
         )
     return [Path(result.directory.path) for result in embed_all(jobs)]
+
+
+def prompts_like(prompt: str, model: Path, name: str) -> list[str]:
+    """What a model, our guide, teacher or base by `name`, calls a prompt; none, and a warning, where it has others."""
+    found = prompts_of(model, None, [prompt, *(DOCUMENT_PROMPTS if prompt in DOCUMENT_PROMPTS else [])])
+    if not found and (known := read_prompts(model)):
+        print(f"warning: {name}: {model} has prompts for {sorted(known)}, none for {prompt!r}: it gets texts without")
+    return found
 
 
 def make_dataset(config: TrainConfig, models: dict[str, Path], marks: dict[str, str], texts: Path) -> Path:

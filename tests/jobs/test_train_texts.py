@@ -12,9 +12,11 @@ import pytest
 from embedlib.dataset import ANSWERS
 from embedlib.encoder import Encoder
 from embedlib.errors import DataError
+from embedlib.model_directory import PROMPTS_NAME, write_json
 from embedlib.training_texts import TrainingData, read_training_texts
+from jobs.embed import EmbedConfig
 from jobs.merge import MergeConfig, make_probe
-from jobs.train import TrainConfig, make_texts, split, write_samples, write_texts
+from jobs.train import TrainConfig, make_texts, make_vectors, split, write_samples, write_texts
 
 LABELS = {"cosent": {"weight": 1.0}, "info_nce": {"weight": 0.0}}
 
@@ -108,3 +110,32 @@ def test_a_pair_with_a_label_is_no_right_answer(tmp_path: Path, tiny_encoder: Pa
     write_texts(tmp_path / "texts", found)
     write_samples(tmp_path / "dataset", tmp_path / "texts", Encoder.load(tiny_encoder), 1.0)
     assert not len(np.load(tmp_path / "dataset" / ANSWERS))
+
+
+@pytest.mark.parametrize(
+    ("names", "prompts", "warned"),
+    [
+        (["query", "document", "passage"], [["query"], ["document"]], []),
+        (["query", "passage"], [["query"], ["passage"]], []),
+        (["passage"], [[], ["passage"]], ["query"]),
+        (["query"], [["query"], []], ["document"]),
+        ([], [[], []], []),
+    ],
+)
+def test_a_guide_is_asked_under_its_own_names(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    names: list[str],
+    prompts: list[list[str]],
+    warned: list[str],
+) -> None:
+    asked: list[EmbedConfig] = []
+    monkeypatch.setattr("jobs.train.embed_all", lambda jobs: asked.extend(jobs) or [])
+    config = config_of(tmp_path, [{"path": pairs(tmp_path / "pairs.parquet")}])
+    write_json(tmp_path / PROMPTS_NAME, {"prompts": {name: f"{name}: " for name in names}})
+    make_vectors(config, "guide", tmp_path, make_texts(config), None)
+    assert [job.prompts for job in asked] == prompts
+    printed = capsys.readouterr().out.splitlines()
+    assert [line for line in printed if line.startswith("warning: guide: ")] == printed
+    assert [prompt for prompt in ("query", "document") if f"none for {prompt!r}" in "".join(printed)] == warned
