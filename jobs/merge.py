@@ -142,14 +142,15 @@ def merge(config: MergeConfig) -> Path:
     directories = [pretrained_directory(model) for model in config.models]
     base_directory = pretrained_directory(config.base) if config.base else None
     every = [*directories, *([base_directory] if base_directory else [])]
-    marks = [model_fingerprint(directory) for directory in every]
+    marks = [model_fingerprint(directory) for directory in directories]
+    base_mark = model_fingerprint(base_directory) if base_directory else None
     probe = make_probe(config, every[-1]) if config.method == "self_positioning" else None
     values = config.model_dump(mode="json", exclude={"output", "models", "base", "probe"})
     # What is held out decides the probe set, and so its mark.
     values["probe"] = config.probe.model_dump(mode="json", exclude={"data", "held_out_share"})
     if probe:
         values["objectives"] = [objective.model_dump(mode="json") for objective in config.probe.objectives]
-    mark = fingerprint(models=marks, probe=mark_of(probe) if probe else None, config=values)
+    mark = fingerprint(models=marks, base=base_mark, probe=mark_of(probe) if probe else None, config=values)
     target = config.directory / "model"
     if is_finished(target, mark):
         return target
@@ -159,6 +160,7 @@ def merge(config: MergeConfig) -> Path:
     base = weights_of(base_directory) if base_directory else None
     require_same_shapes(every, [*models, *([base] if base else [])])
     parents = {f"model_{number}": each for number, each in enumerate(marks)}
+    parents |= {"model_base": base_mark} if base_mark else {}
     report = RunReport("merge", mark, Store.at(str(config.directory)), config.model_dump(mode="json"))
     with new_artifact(target, "model", mark, parents=parents, config=config.model_dump(mode="json")) as (
         scratch,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from embedlib.errors import ConfigError
+from embedlib.errors import ArtifactError, ConfigError
 from embedlib.model_directory import trained_dimensions, write_json, write_trained_dimensions
 from jobs.merge import FOUND, UNIFORM, MergeConfig, merge, warning_of
 
@@ -60,6 +60,12 @@ def test_models_that_are_not_used_alike_are_refused(others: list[Path], tmp_path
     (second / "tokenizer.json").unlink()
     with pytest.raises(ConfigError, match=r"second has no tokenizer\.json"):
         merged(others, tmp_path)
+
+
+def test_a_base_is_none_of_the_models(others: list[Path], tiny_encoder: Path, tmp_path: Path) -> None:
+    merged([*others, tiny_encoder], tmp_path)
+    with pytest.raises(ArtifactError, match="but this run makes"):
+        merged(others, tmp_path, base=str(tiny_encoder))
 
 
 def test_linear_weights_add_up_to_one(others: list[Path], tmp_path: Path) -> None:
