@@ -17,6 +17,7 @@ import torch
 from pydantic import Field, model_validator
 from rich.console import Console
 from rich.table import Table
+from tokenizers import Tokenizer
 
 from embedlib.artifact import fingerprint, is_finished, manifest_of, mark_of, model_fingerprint, new_artifact
 from embedlib.config import Config
@@ -288,7 +289,8 @@ def require_same_tokenizer(directories: Sequence[Path]) -> None:
     """ConfigError that says how tokenizers differ: a row of the embedding table must mean the same piece everywhere."""
     if missing := [directory for directory in directories if not (directory / TOKENIZER).is_file()]:
         raise ConfigError(f"models: {missing[0]} has no {TOKENIZER}; expected a fast tokenizer")
-    whole = [json.loads((directory / TOKENIZER).read_text()) for directory in directories]
+    # As this version writes them: an older one left out what is as usual.
+    whole = [json.loads(Tokenizer.from_file(str(directory / TOKENIZER)).to_str()) for directory in directories]
     first, *others = (each["model"] for each in whole)
     for directory, other in zip(directories[1:], others, strict=True):
         if first.get("type") != other.get("type"):
@@ -301,10 +303,10 @@ def require_same_tokenizer(directories: Sequence[Path]) -> None:
         for number, (a, b) in enumerate(zip(here, there, strict=True)):
             if a != b:
                 raise ConfigError(f"models: piece {number} of {directory} is {b!r}; of {directories[0]} {a!r}")
-    for directory, each in zip(directories[1:], whole[1:], strict=True):
-        for part in TOKENIZER_PARTS:
-            if each.get(part) != whole[0].get(part):
-                raise ConfigError(f"models: {part} of {directory}'s tokenizer is not that of {directories[0]}")
+    parts, *others_parts = map(parts_of, whole)
+    for directory, other_parts in zip(directories[1:], others_parts, strict=True):
+        if unlike := [name for name in parts | other_parts if parts.get(name) != other_parts.get(name)]:
+            raise ConfigError(f"models: {unlike[0]} of {directory}'s tokenizer is not that of {directories[0]}")
 
 
 def require_same_use(directories: Sequence[Path]) -> None:
@@ -326,6 +328,12 @@ def pieces(model: dict[str, Any]) -> list[Any]:
     """The pieces of a tokenizer file's model in the order of their ids."""
     vocab = model["vocab"]
     return sorted(vocab, key=vocab.__getitem__) if isinstance(vocab, dict) else [tuple(piece) for piece in vocab]
+
+
+def parts_of(tokenizer: dict[str, Any]) -> dict[str, Any]:
+    """What decides how a tokenizer cuts besides its pieces, by name: model.merges, model.unk_id, normalizer, …"""
+    of_model = {f"model.{name}": value for name, value in tokenizer["model"].items() if name != "vocab"}
+    return of_model | {name: tokenizer.get(name) for name in TOKENIZER_PARTS}
 
 
 def require_same_shapes(directories: Sequence[Path], models: Sequence[Weights]) -> None:

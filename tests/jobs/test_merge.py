@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from embedlib.errors import ArtifactError, ConfigError
 from embedlib.model_directory import trained_dimensions, write_json, write_trained_dimensions
@@ -60,6 +62,27 @@ def test_models_that_are_not_used_alike_are_refused(others: list[Path], tmp_path
     (second / "tokenizer.json").unlink()
     with pytest.raises(ConfigError, match=r"second has no tokenizer\.json"):
         merged(others, tmp_path)
+
+
+def test_whatever_decides_how_texts_are_cut_is_compared(others: list[Path], tmp_path: Path) -> None:
+    vocabulary = {piece: number for number, piece in enumerate(["a", "b", "c", "ab", "bc", "abc"])}
+    for directory, merges in zip(others, ([("a", "b"), ("ab", "c")], [("b", "c"), ("a", "bc")]), strict=True):
+        Tokenizer(BPE(vocabulary, merges)).save(str(directory / "tokenizer.json"))
+    with pytest.raises(ConfigError, match=r"models: model\.merges of .*second's tokenizer is not that of .*first"):
+        merged(others, tmp_path)
+    for values in ({}, {"byte_fallback": True}):
+        model = BPE(vocabulary, [("a", "b"), ("ab", "c")], **values)
+        Tokenizer(model).save(str(others[len(values)] / "tokenizer.json"))
+    with pytest.raises(ConfigError, match=r"models: model\.byte_fallback of .*second's tokenizer"):
+        merged(others, tmp_path)
+
+
+def test_what_an_older_version_left_out_is_no_difference(others: list[Path], tmp_path: Path) -> None:
+    path = others[1] / "tokenizer.json"
+    whole = json.loads(path.read_text())
+    assert whole["model"].pop("byte_fallback") is False
+    write_json(path, whole)
+    merged(others, tmp_path)
 
 
 def test_a_base_is_none_of_the_models(others: list[Path], tiny_encoder: Path, tmp_path: Path) -> None:
