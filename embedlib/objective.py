@@ -128,6 +128,8 @@ class ObjectiveConfig(Config):
         weights = [self.info_nce.weight, self.triplet.weight, self.distil.weight, self.anchor, self.cosent.weight]
         if not any([*weights, self.scores.margin_mse, self.scores.divergence]):
             raise ValueError("every weight is 0; expected at least one loss")
+        if self.guide and not self.info_nce.weight:
+            raise ValueError(f"guide: {self.guide}; expected none, or info_nce.weight above 0: it masks its negatives")
         if self.cosent.weight and "info_nce" not in self.model_fields_set:
             raise ValueError(
                 "cosent: info_nce would contrast pairs of whatever label as right answers; expected its weight, 0 "

@@ -46,6 +46,8 @@ from jobs.train import TrainConfig, make_dataset, make_texts, require_needs
 UNIFORM, FOUND = "uniform merge", "found merge"
 TOKENIZER, POOLING = "tokenizer.json", "1_Pooling/config.json"
 TOKENIZER_PARTS = ("normalizer", "pre_tokenizer", "post_processor", "added_tokens")
+# Of TIES, where none is given.
+DENSITY = 0.2
 
 
 class ProbeConfig(Config):
@@ -102,9 +104,10 @@ class MergeConfig(Config):
     method: Literal["linear", "task_arithmetic", "slerp", "ties", "self_positioning"] = "linear"
     """How weights are put together."""
     weights: list[float] | None = None
-    """One for each model; none: equal ones that add up to 1, and for TIES 1 each. SLERP takes the second's."""
-    density: float = Field(default=0.2, gt=0, le=1)
-    """Share of each task vector's largest entries that TIES keeps."""
+    """One for each model; none: equal ones that add up to 1. SLERP takes the second's; of TIES', whose mean they weigh,
+    only the ratios matter."""
+    density: float | None = Field(default=None, gt=0, le=1)
+    """Share of each task vector's largest entries that TIES keeps; none: 0.2."""
     probe: ProbeConfig = ProbeConfig()
     """What Self Positioning searches with."""
 
@@ -116,12 +119,29 @@ class MergeConfig(Config):
             raise ValueError(f"models: {len(self.models)}; SLERP takes two")
         if self.weights is not None and len(self.weights) != len(self.models):
             raise ValueError(f"weights: {len(self.weights)}; expected one for each of {len(self.models)} models")
-        if self.method == "linear" and self.weights is not None and not isclose(sum(self.weights), 1, abs_tol=1e-6):
-            raise ValueError(f"weights: {self.weights} add up to {sum(self.weights):g}; expected 1 for linear")
-        if self.method == "self_positioning" and not self.probe.data:
-            raise ValueError("probe.data: none; Self Positioning searches on it")
-        require_needs("probe.data", self.probe.data, self.probe.training.objective, {})
+        if self.weights is not None and self.method == "self_positioning":
+            raise ValueError(f"weights: {self.weights}; expected none, since Self Positioning finds them")
+        if self.method in ("linear", "slerp") and self.weights and not isclose(sum(self.weights), 1, abs_tol=1e-6):
+            raise ValueError(f"weights: {self.weights} add up to {sum(self.weights):g}; expected 1 for {self.method}")
+        if self.density is not None and self.method != "ties":
+            raise ValueError(f"density: {self.density}; expected none for {self.method}, which trims nothing")
+        self._require_a_probe_that_can_be()
         return self
+
+    def _require_a_probe_that_can_be(self) -> None:
+        """ValueError where there is a probe that nothing searches on, none, or one that asks for what is not there."""
+        data = self.probe.data
+        if self.method != "self_positioning" and data:
+            raise ValueError(f"probe.data: {[each.path for each in data]}; expected none for {self.method}")
+        if self.method == "self_positioning" and not data:
+            raise ValueError("probe.data: none; Self Positioning searches on it")
+        for number, objective in enumerate(self.probe.objectives):
+            if asked := sorted(objective.needs & {"guide", "teacher"}):
+                raise ValueError(
+                    f"probe.data.{number}.objective: has a term that needs a {asked[0]}; expected none, a probe has "
+                    "neither guide nor teacher"
+                )
+        require_needs("probe.data", data, self.probe.training.objective, {}, "InfoNCE")
 
     @property
     def directory(self) -> Path:
@@ -188,7 +208,7 @@ def combined(config: MergeConfig, base: Weights, models: Sequence[Weights]) -> W
         case "slerp":
             return slerp(models[0], models[1], (config.weights or equal)[1])
         case "ties":
-            return ties(base, models, config.weights or [1.0] * len(models), config.density)
+            return ties(base, models, config.weights or equal, config.density or DENSITY)
         case _:
             return linear(models, config.weights or equal)
 

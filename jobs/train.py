@@ -64,6 +64,8 @@ from jobs.trainer import Trained, WorkersConfig, fit, read_history, run_worker, 
 VALIDATION_SAMPLES = 1000
 # Queries of a dataset with labels: fewer are often all labelled alike.
 MIN_RANKED = 10
+# Columns of a dataset, and what an objective that reads them needs.
+READ_BY = {"label": "label", "positive_scores": "positive_scores", "negative_scores": "positive_scores"}
 # Of what stage `texts` writes.
 TEXTS_VERSION = 4
 
@@ -118,15 +120,24 @@ class TrainConfig(Config):
 
 
 def require_needs(
-    key: str, datasets: Sequence[TrainingData], default: ObjectiveConfig, models: Mapping[str, str | None]
+    key: str,
+    datasets: Sequence[TrainingData],
+    default: ObjectiveConfig,
+    models: Mapping[str, str | None],
+    default_name: str = "training.objective",
 ) -> None:
     """ValueError where the objective of a dataset needs a column that it does not name, or a model that is not there.
 
-    The datasets lie at `key` of the configuration; the model as it is needs no naming.
+    And where a column is named that the objective does not read. The datasets lie at `key` of the configuration; the
+    model as it is needs no naming.
     """
     for number, data in enumerate(datasets):
-        where = f"{key}.{number}.objective" if data.objective else "training.objective"
-        for name in sorted((data.objective or default).needs - {"base"}):
+        where = f"{key}.{number}.objective" if data.objective else default_name
+        needs = (data.objective or default).needs
+        for name, need in READ_BY.items():
+            if (column := getattr(data, name)) and need not in needs:
+                raise ValueError(f"{key}.{number}.{name}: {column!r}; expected none, {where} has no term that reads it")
+        for name in sorted(needs - {"base"}):
             is_model = name in CACHED
             if (models.get(name) if is_model else getattr(data, name)) is None:
                 missing = name if is_model else f"{key}.{number}.{name}"

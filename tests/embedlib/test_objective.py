@@ -123,6 +123,8 @@ def test_what_is_missing_is_named() -> None:
         ObjectiveConfig.model_validate({"info_nce": {"weight": 0}})
     with pytest.raises(ValidationError, match="cosent: info_nce would contrast pairs of whatever label"):
         ObjectiveConfig.model_validate({"cosent": {"weight": 1}})
+    with pytest.raises(ValidationError, match=r"guide: margin=0.1 .*expected none, or info_nce.weight above 0"):
+        ObjectiveConfig.model_validate({"guide": {"margin": 0.1}, "info_nce": {"weight": 0}, "anchor": 1})
 
 
 @pytest.mark.parametrize("directions", [["query_to_doc"], ["query_to_doc", "doc_to_query"]])

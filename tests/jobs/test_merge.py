@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from embedlib.errors import ArtifactError, ConfigError
 from embedlib.model_directory import trained_dimensions, write_json, write_trained_dimensions
+from jobs.cli import read_config
 from jobs.merge import FOUND, UNIFORM, MergeConfig, merge, warning_of
 
 
@@ -91,9 +93,33 @@ def test_a_base_is_none_of_the_models(others: list[Path], tiny_encoder: Path, tm
         merged(others, tmp_path, base=str(tiny_encoder))
 
 
-def test_linear_weights_add_up_to_one(others: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"weights: \[1.0, 1.0\] add up to 2; expected 1 for linear"):
-        merged(others, tmp_path, weights=[1.0, 1.0])
+PROBE = {"data": [{"path": "pairs.parquet"}]}
+SEARCH = {"method": "self_positioning", "base": "base"}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"weights": [1.0, 1.0]}, r"weights: \[1.0, 1.0\] add up to 2; expected 1 for linear"),
+        ({"weights": [1.0, 0.5], "method": "slerp"}, r"weights: \[1.0, 0.5\] add up to 1.5; expected 1 for slerp"),
+        (SEARCH | {"weights": [0.5, 0.5], "probe": PROBE}, r"weights: \[0.5, 0.5\]; expected none"),
+        ({"probe": PROBE}, r"probe.data: \['pairs.parquet'\]; expected none for linear"),
+        ({"density": 0.2}, "density: 0.2; expected none for linear"),
+        (
+            SEARCH | {"probe": {"data": [{"path": "sts.parquet", "label": "score"}]}},
+            "probe.data.0.label: 'score'; expected none, InfoNCE has no term that reads it",
+        ),
+    ],
+)
+def test_what_a_method_would_ignore_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        MergeConfig.model_validate({"output": "merged", "models": ["a", "b"]} | values)
+
+
+def test_what_a_method_does_without_is_not_missed_on_the_command_line() -> None:
+    arguments = ["--output", "merged", "--models", '["a", "b"]']
+    assert read_config(MergeConfig, arguments).density is None
+    assert read_config(MergeConfig, [*arguments, "--method", "ties", "--base", "c"]).density is None
 
 
 @pytest.mark.parametrize(("uniform", "found", "warns"), [(0.5, 0.6, False), (0.5, 0.5, True), (0.51, 0.5, True)])
@@ -108,3 +134,15 @@ def test_a_probe_s_objective_needs_what_it_needs(others: list[Path], tmp_path: P
     probe = {"data": [{"path": "pairs.parquet"}, graded]}
     with pytest.raises(ValueError, match=r"probe.data.1.label: none; probe.data.1.objective has a term that needs it"):
         merged(others, tmp_path, base=str(others[0]), method="self_positioning", probe=probe)
+
+
+@pytest.mark.parametrize(
+    ("objective", "asked"), [({"guide": {}}, "guide"), ({"distil": {"weight": 1.0}, "anchor": 0.1}, "teacher")]
+)
+def test_a_probe_has_neither_guide_nor_teacher(objective: dict[str, Any], asked: str) -> None:
+    data = [{"path": "pairs.parquet"}, {"path": "more.parquet", "objective": objective}]
+    values = SEARCH | {"output": "merged", "models": ["a", "b"], "probe": {"data": data}}
+    with pytest.raises(
+        ValidationError, match=f"probe.data.1.objective: has a term that needs a {asked}; expected none"
+    ):
+        MergeConfig.model_validate(values)

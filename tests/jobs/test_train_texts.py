@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pydantic import ValidationError
 
 from embedlib.dataset import ANSWERS
 from embedlib.encoder import Encoder
@@ -71,7 +72,7 @@ def test_labels_that_order_nothing_are_refused(tmp_path: Path) -> None:
     ):
         make_texts(config_of(tmp_path / "run", [{"path": plain}], validation=[{"path": plain}, graded]))
     with pytest.raises(DataError, match=r"datasets.1.label: 0.5 for all 10 pairs .* or a larger validation_share$"):
-        make_texts(config_of(tmp_path / "run", [{"path": plain}, graded]))
+        make_texts(config_of(tmp_path / "run", [{"path": plain}, graded | {"objective": LABELS}]))
 
 
 def test_errors_name_the_keys_that_the_user_wrote(tmp_path: Path) -> None:
@@ -85,7 +86,8 @@ def test_errors_name_the_keys_that_the_user_wrote(tmp_path: Path) -> None:
         (single, r"^probe.data.1: 1 distinct queries"),
         (alike, r"^probe.data.1.label: 0.5 for all 10 pairs .* or a larger probe.held_out_share$"),
     ):
-        values = {"output": tmp_path / "merged", "models": ["a", "b"], "probe": {"data": [{"path": plain}, data]}}
+        values = {"output": tmp_path / "merged", "models": ["a", "b"], "base": "a", "method": "self_positioning"}
+        values |= {"probe": {"data": [{"path": plain}, data]}}
         with pytest.raises(DataError, match=message):
             make_probe(MergeConfig.model_validate(values), tmp_path)
 
@@ -139,3 +141,20 @@ def test_a_guide_is_asked_under_its_own_names(
     printed = capsys.readouterr().out.splitlines()
     assert [line for line in printed if line.startswith("warning: guide: ")] == printed
     assert [prompt for prompt in ("query", "document") if f"none for {prompt!r}" in "".join(printed)] == warned
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"label": "s"}, "datasets.0.label: 's'; expected none, training.objective has no term that reads it"),
+        ({"positive_scores": "s", "objective": {}}, "datasets.0.positive_scores: 's'; expected none, datasets.0.obj"),
+        ({"negatives": "n", "negative_scores": "s"}, "datasets.0.negative_scores: 's'; expected none, training.obj"),
+    ],
+)
+def test_columns_that_nothing_reads_are_refused(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        config_of(tmp_path, [{"path": "a"} | columns])
+
+
+def test_labels_of_validation_are_read(tmp_path: Path) -> None:
+    assert config_of(tmp_path, [{"path": "a"}], validation=[{"path": "b", "label": "s"}]).validation[0].label == "s"
