@@ -3,7 +3,8 @@
 A stage is a job with its values. `{name}` in a value is what the stage `name` makes, or a path given under `paths`. All
 values, and the paths of the stages that run, are checked before the first of them runs. Each job skips what it has
 finished, so a recipe that was cut off is run again with the same command. A stage whose values or inputs changed is
-refused, with the names of both, until its directory is moved away. `recipe.json` has what became of each stage.
+refused, with the names of both, until its directory is moved away. `recipe.json` has what became of each stage, and
+what it was made with.
 """
 
 from jobs.cli import run_job  # isort: skip (takes jobs/ off sys.path before any library is imported)
@@ -22,6 +23,7 @@ from pydantic import Field, ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from embedlib.artifact import fingerprint
 from embedlib.config import Config
 from embedlib.errors import ConfigError, EmbedlibError
 from embedlib.storage import Store, user_path
@@ -111,11 +113,16 @@ class Stage(NamedTuple):
     """Paths that it takes."""
     witness: Path
     """The file that is there when it is finished."""
+    mark: str
+    """Fingerprint of its job and values, and of those of the stages that it takes."""
 
 
 def resolve(config: RecipeConfig) -> list[Stage]:
     """All stages with their references resolved and their values checked; ConfigError names stage and key."""
     known = resolved_paths(config)
+    # A recipe that was moved has the same values: in a fingerprint a stage stands by its name.
+    named = dict(known)
+    marks: dict[str, str] = {}
     stages: list[Stage] = []
     for name, stage in config.stages.items():
         if name in known:
@@ -123,14 +130,18 @@ def resolve(config: RecipeConfig) -> list[Stage]:
         job = JOBS[stage.job]
         output = config.directory / name
         used: list[str] = []
-        values = replaced(stage.values, known, f"stages.{name}.values", used)
+        key = f"stages.{name}.values"
+        values = replaced(stage.values, known, key, used)
         try:
             checked = job.config.model_validate({"output": str(output)} | values)
         except ValidationError as error:
-            raise ConfigError(f"stages.{name}.values: {describe(error)}") from error
+            raise ConfigError(f"{key}: {describe(error)}") from error
         after, paths = ([each for each in dict.fromkeys(used) if each in of] for of in (config.stages, config.paths))
-        stages.append(Stage(name, job, checked, after, paths, output / job.product / job.witness))
+        told = replaced(stage.model_dump(mode="json"), named, key, [])
+        marks[name] = fingerprint(stage=told, takes=[marks[each] for each in after])
+        stages.append(Stage(name, job, checked, after, paths, output / job.product / job.witness, marks[name]))
         known[name] = str((output / job.product).absolute())
+        named[name] = f"{{{name}}}"
     if unknown := sorted(set(config.only or []) - set(config.stages)):
         raise ConfigError(f"only: {unknown[0]!r} is no stage; expected of {list(config.stages)}")
     return stages
@@ -184,6 +195,8 @@ class Done(NamedTuple):
     """What it took the last time it did not find its work done."""
     finished: str | None = None
     """When that was, in ISO 8601."""
+    mark: str | None = None
+    """Fingerprint of what it was made with; none: it was not, or before fingerprints were noted."""
 
 
 def require_files(config: RecipeConfig, stages: list[Stage]) -> None:
@@ -201,13 +214,20 @@ def require_files(config: RecipeConfig, stages: list[Stage]) -> None:
             raise ConfigError(f"paths.{name}: {value!r} finds no file; expected one that there is")
 
 
-def require_finished(config: RecipeConfig, stages: list[Stage]) -> None:
-    """ConfigError where `only` leaves out a stage that is not finished and that another takes."""
+def require_finished(config: RecipeConfig, stages: list[Stage], done: Mapping[str, Done]) -> None:
+    """ConfigError where `only` leaves out a stage that another takes and that is not finished, or with other values."""
     alone = set(config.only or config.stages)
     finished = {stage.name for stage in stages if stage.witness.exists()}
+    other = {stage.name for stage in stages if done[stage.name].mark not in (None, stage.mark)}
     for stage in stages:
-        if stage.name in alone and (missing := sorted(set(stage.after) - alone - finished)):
-            raise ConfigError(f"only: {stage.name!r} takes {missing[0]!r}, which is not finished; expected that, too")
+        for name in sorted(set(stage.after) - alone) if stage.name in alone else []:
+            if name not in finished:
+                raise ConfigError(f"only: {stage.name!r} takes {name!r}, which is not finished; expected that, too")
+            if name in other:
+                raise ConfigError(
+                    f"only: {stage.name!r} takes {name!r}, which was made with other values of its own or of what it "
+                    "takes; expected those, or that, too"
+                )
 
 
 def run_stages(config: RecipeConfig, stages: list[Stage], done: MutableMapping[str, Done]) -> None:
@@ -231,12 +251,13 @@ def run_stages(config: RecipeConfig, stages: list[Stage], done: MutableMapping[s
         try:
             stage.job.run(stage.config)
         except BaseException as error:
-            note(stage, now("failed" if isinstance(error, Exception) else "stopped", start))
+            note(stage, now(last, "failed" if isinstance(error, Exception) else "stopped", start))
             if type(error).__module__ == EmbedlibError.__module__:
                 raise type(error)(f"stages.{stage.name}: {error}") from error
             raise
         was_there = before is not None and before == written(stage.witness)
-        note(stage, last._replace(state="was there") if was_there else now("made", start))
+        became = last._replace(state="was there") if was_there else now(last, "made", start)
+        note(stage, became._replace(mark=stage.mark))
 
 
 def written(witness: Path) -> int | None:
@@ -244,19 +265,23 @@ def written(witness: Path) -> int | None:
     return witness.stat().st_mtime_ns if witness.exists() else None
 
 
-def now(state: str, start: float) -> Done:
+def now(last: Done, state: str, start: float) -> Done:
     """The state that a stage came to just now; `start` is a reading of the monotonic clock."""
-    return Done(state, time.monotonic() - start, datetime.now(UTC).isoformat(timespec="seconds"))
+    finished = datetime.now(UTC).isoformat(timespec="seconds")
+    return last._replace(state=state, seconds=time.monotonic() - start, finished=finished)
 
 
 def read_state(config: RecipeConfig) -> dict[str, Done]:
-    """All stages as they wait, with what they took when they were last run."""
+    """All stages as they wait, with what they took and were made with when they were last run."""
     try:
         known = (Store.at(str(config.directory)) / STATE).read_json() or {}
-    except ValueError:  # nothing hangs on it but what is shown
+    except ValueError:  # what it says is of help, and can be done without
         known = {}
     last = {name: known.get(name, {}) for name in config.stages}
-    return {name: Done("waits", each.get("seconds", 0.0), each.get("finished")) for name, each in last.items()}
+    return {
+        name: Done("waits", each.get("seconds", 0.0), each.get("finished"), each.get("mark"))
+        for name, each in last.items()
+    }
 
 
 def write_state(config: RecipeConfig, stages: list[Stage], done: Mapping[str, Done]) -> None:
@@ -272,7 +297,7 @@ def table_of(config: RecipeConfig, stages: list[Stage], done: Mapping[str, Done]
     """The recipe as a graph: each stage, what it takes, and what became of it."""
     table = Table("stage", "job", "takes", "state", "time", "finished")
     for stage in stages:
-        state, seconds, finished = done[stage.name]
+        state, seconds, finished, _ = done[stage.name]
         when = datetime.fromisoformat(finished).astimezone().strftime("%Y-%m-%d %H:%M") if finished else ""
         took = format_seconds(seconds) if seconds else ""
         job = config.stages[stage.name].job
@@ -284,10 +309,10 @@ def main(config: RecipeConfig) -> dict[str, Done]:
     """Check all stages, then run them; the table is printed whatever becomes of them."""
     stages = resolve(config)
     require_files(config, stages)
-    require_finished(config, stages)
+    done = read_state(config)
+    require_finished(config, stages, done)
     connect()
     config.directory.mkdir(parents=True, exist_ok=True)
-    done = read_state(config)
     try:
         run_stages(config, stages, done)
     finally:

@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 
 from embedlib.config import Config
 from embedlib.errors import ConfigError, DataError
-from jobs.recipe import RecipeConfig, main, require_files, require_finished, resolve, resolved_paths
+from jobs.recipe import RecipeConfig, main, read_state, require_files, require_finished, resolve, resolved_paths
 from tests.conftest import corpus_rows
 
 TRAIN = {"job": "train", "values": {"model": "{base}", "datasets": [{"path": "{pairs}", "lang": "lang"}]}}
@@ -123,10 +123,10 @@ def test_only_needs_what_it_takes(tmp_path: Path) -> None:
     stages = {"first": TRAIN, "second": {"job": "merge", "values": {"models": ["{base}", "{first}"]}}}
     config = recipe(stages, only=["second"], output=tmp_path)
     with pytest.raises(ConfigError, match="only: 'second' takes 'first', which is not finished"):
-        require_finished(config, resolve(config))
+        require_finished(config, resolve(config), read_state(config))
     (tmp_path / "first" / "model").mkdir(parents=True)
     (tmp_path / "first" / "model" / "manifest.json").touch()
-    require_finished(config, resolve(config))
+    require_finished(config, resolve(config), read_state(config))
 
 
 def jobs_that(monkeypatch: pytest.MonkeyPatch, job: Callable[[Config], object]) -> None:
@@ -134,6 +134,56 @@ def jobs_that(monkeypatch: pytest.MonkeyPatch, job: Callable[[Config], object]) 
     monkeypatch.setattr("jobs.recipe.Job.run", property(lambda _: job))
     monkeypatch.setattr("jobs.recipe.connect", lambda: None)
     monkeypatch.setattr("jobs.recipe.require_files", lambda *_: None)
+
+
+def test_only_needs_what_it_takes_with_the_values_of_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[Config] = []
+
+    def make(config: Config) -> None:
+        model = config.model_dump()["output"] / "model"
+        model.mkdir(parents=True, exist_ok=True)
+        (model / "manifest.json").touch()
+        ran.append(config)
+
+    def refuse(config: Config) -> None:
+        raise DataError("holds another")
+
+    def stages(max_characters: int) -> dict[str, Any]:
+        first = {"job": "train", "values": TRAIN["values"] | {"max_characters": max_characters}}
+        merges = {
+            name: {"job": "merge", "values": {"models": ["{base}", f"{{{takes}}}"]}}
+            for takes, name in (("first", "second"), ("second", "third"))
+        }
+        return {"first": first} | merges
+
+    jobs_that(monkeypatch, make)
+    main(recipe(stages(100), output=tmp_path / "old"))
+    # Moved, it is the same.
+    (tmp_path / "old").rename(tmp_path / "new")
+    only = {"output": tmp_path / "new", "only": ["third"]}
+    main(recipe(stages(100), **only))
+    assert len(ran) == 4
+    refused = "only: 'third' takes 'second', which was made with other values"
+    other = recipe(stages(200), **only)
+    with pytest.raises(ConfigError, match=refused):
+        main(other)
+    with pytest.raises(ConfigError, match=refused):
+        main(recipe(stages(100), **only, paths={"base": "other", "pairs": "p.parquet"}))
+    # That its job refuses other values makes nothing of them.
+    jobs_that(monkeypatch, refuse)
+    with pytest.raises(DataError, match="holds another"):
+        main(other.model_copy(update={"only": ["first"]}))
+    with pytest.raises(ConfigError, match="only: 'second' takes 'first', which was made with other values"):
+        main(other.model_copy(update={"only": ["second"]}))
+    # Of an earlier form, or gone: what lies there decides.
+    state = tmp_path / "new" / "recipe.json"
+    told = json.loads(state.read_text())
+    state.write_text(json.dumps({name: {"state": each["state"]} for name, each in told.items()}))
+    jobs_that(monkeypatch, make)
+    main(other)
+    state.unlink()
+    main(other)
+    assert len(ran) == 6
 
 
 def test_states_and_times_are_kept_from_run_to_run(
