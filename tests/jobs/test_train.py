@@ -14,13 +14,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from pydantic import ValidationError
 from sentence_transformers import SentenceTransformer
 
-from embedlib.contrastive import batch_plan, batches_after
+from embedlib.contrastive import batch_plan, batches_after, load_encoder, validation_score
 from embedlib.dataset import ContrastiveSet
-from embedlib.errors import ConfigError
+from embedlib.errors import ArtifactError, ConfigError
 from embedlib.model_directory import trained_dimensions
 from jobs.merge import MergeConfig, merge
 from jobs.merge import main as merge_main
@@ -131,11 +132,16 @@ def read_texts(file: Path) -> list[str]:
     return list(pq.read_table(file)["text"].to_pylist())
 
 
-def test_a_rerun_skips_everything_and_another_objective_only_trains(
+def test_a_rerun_skips_everything_and_another_objective_is_refused(
     trained: Path, tiny_encoder: Path, pairs: str
 ) -> None:
     times = {path: path.stat().st_mtime_ns for path in trained.rglob("manifest.json")}
-    main(config_for(trained, tiny_encoder, pairs))
+    config = config_for(trained, tiny_encoder, pairs)
+    main(config)
+    objective = config.training.objective.model_copy(update={"anchor": 0.2})
+    training = config.training.model_copy(update={"objective": objective})
+    with pytest.raises(ArtifactError, match=r"run/model: holds model \w+, but this run makes"):
+        main(config.model_copy(update={"training": training}))
     assert {path: path.stat().st_mtime_ns for path in trained.rglob("manifest.json")} == times
 
 
@@ -231,17 +237,24 @@ def planned(output: Path, config: TrainConfig) -> list[tuple[int, list[int]]]:
 
 
 def test_training_ends_early_and_keeps_the_best(tmp_path: Path, tiny_encoder: Path, pairs: str) -> None:
+    # A rate that rises for long: the model gets better, then falls apart.
+    optimizer = {"learning_rate": 0.05, "average": 0.5}
     config = config_for(
         tmp_path / "run",
         tiny_encoder,
         pairs,
-        training={"epochs": 400, "batch_size": 8, "optimizer": {"learning_rate": 1e-6, "average": 0.5}},
+        training={"epochs": 400, "batch_size": 8, "dtype": "float32", "optimizer": optimizer},
         workers={"validate_every": 2, "checkpoint_every": 2, "patience": 2},
         guide=None,
     )
-    main(config)
-    manifest = json.loads((tmp_path / "run" / "model" / "manifest.json").read_text())
-    assert len(manifest["measurements"]["validation_steps"]) < 50
+    model = main(config)
+    values = json.loads((model / "manifest.json").read_text())["measurements"][METRIC]
+    assert len(values) < 50
+    best = max(values)
+    assert all(value < best - 0.02 for value in (values[0], *values[-2:]))
+    held_out = ContrastiveSet.open(tmp_path / "run" / "dataset" / "validation")
+    kept = load_encoder(model, torch.device("cpu"), config.training)
+    assert validation_score(kept, held_out, torch.float32) == pytest.approx(best, abs=0.01)
     (training,) = [stage for stage in stages(StatusConfig(directory=str(tmp_path))) if stage.kind == "train"]
     assert training.state == "done"
 
