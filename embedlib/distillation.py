@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 from torch import nn
 
-from embedlib.artifact import MANIFEST_NAME
+from embedlib.artifact import EVALUATION_NAME, MANIFEST_NAME
 from embedlib.batching import token_budget_batches
 from embedlib.collectives import all_reduce_sum, rank, world_size
 from embedlib.config import Config
@@ -151,7 +151,9 @@ def write_trained(directory: Path, initial: Path, weights: dict[str, torch.Tenso
     """Write the directory of the model that training began with, with the trained weights."""
     trained = load_student(initial, torch.device("cpu"))
     trained.load_state_dict(weights)
-    shutil.copytree(initial, directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST_NAME))
+    # What the model it began with was measured to do says nothing of this one.
+    others = shutil.ignore_patterns(MANIFEST_NAME, EVALUATION_NAME)
+    shutil.copytree(initial, directory, dirs_exist_ok=True, ignore=others)
     body_of(trained.model).save_pretrained(directory)
     modules = json.loads((initial / "modules.json").read_text())
     for entry, module in list(zip(modules, trained.model.children(), strict=True))[1:]:

@@ -1,4 +1,5 @@
 import io
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -8,6 +9,7 @@ import torch
 from torch.nn import functional
 from transformers import BertConfig, BertModel
 
+from embedlib.artifact import EVALUATION_NAME
 from embedlib.compression import CompressionConfig, compress, write_student
 from embedlib.corpus import texts_by_language
 from embedlib.dataset import DistillationSet
@@ -24,6 +26,7 @@ from embedlib.distillation import (
     resolve_dtype,
     total_steps,
     validation_cosine,
+    write_trained,
 )
 from embedlib.encoder import Encoder
 from embedlib.losses import LossConfig
@@ -141,6 +144,15 @@ def test_a_student_is_loaded_for_training(student: Path, tiny_texts: list[str]) 
     assert not any(module.training for module in model.modules())
     expected = Encoder.load(student, CPU, torch.float32).encode(tiny_texts[::20])
     np.testing.assert_allclose(Encoder.of(model.model).encode(tiny_texts[::20]), expected, atol=1e-6)
+
+
+def test_what_the_initial_model_was_measured_to_do_is_not_said_of_the_trained(student: Path, tmp_path: Path) -> None:
+    initial = shutil.copytree(student, tmp_path / "initial")
+    (initial / EVALUATION_NAME).write_text('{"retention": {}}')
+    (initial / "notes.txt").write_text("kept")
+    write_trained(tmp_path / "trained", initial, load_student(initial, CPU).state_dict())
+    assert not (tmp_path / "trained" / EVALUATION_NAME).exists()
+    assert (tmp_path / "trained" / "notes.txt").exists()
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
