@@ -68,7 +68,8 @@ class ContrastiveConfig(Config):
 
 
 def batch_plan(dataset: ContrastiveSet, config: ContrastiveConfig) -> BatchPlan:
-    """The batches of every epoch. No query and no positive comes twice in one; two samples may share a negative."""
+    """The batches of every epoch. No query and no positive comes twice in one, but in those of what is left over; two
+    samples may share a negative."""
     return BatchPlan(dataset.groups, dataset.samples[:, :2], dataset.shares, config.batch_size, config.seed)
 
 

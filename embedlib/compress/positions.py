@@ -8,13 +8,14 @@ from embedlib.errors import ConfigError
 
 
 def extend_positions(body: PreTrainedModel, max_length: int) -> None:
-    """Let `body` read `max_length` tokens, by recurrent positions (LongEmbed, Zhu et al. 2024, arXiv:2404.12096).
+    """Let `body` read `max_length` tokens: positions past its end run through those that there were once more.
 
     Positions there were stay as they are, so that texts which fitted before have the same vectors; a body with enough
-    of them is left alone. Those after them run through the old ones once more, stretched over what is added: neighbours
-    stay neighbours, but a token past the old end shares about its position with an earlier one. (LongEmbed's
-    interpolation keeps the order of all, and would change the vectors of short texts.) Raises ConfigError for a body
-    too short that has no table of positions.
+    of them is left alone. Those after them are the old ones stretched over what is added: neighbours stay neighbours,
+    but a token past the old end shares about its position with an earlier one. This is a variant of our own. Of those
+    in LongEmbed (Zhu et al. 2024, arXiv:2404.12096), recurrent positions are p mod L and jump back at each multiple of
+    L, and interpolation keeps the order of all but would change the vectors of short texts. Raises ConfigError for a
+    body too short that has no table of positions.
     """
     table = position_table(body, max_length)
     if table is None:
