@@ -38,7 +38,7 @@ from embedlib.storage import Store, user_path
 from embedlib.topk import NO_ROW, Hits
 from jobs.metrics import RunReport
 from jobs.parts import claim, missing_parts, part_name, write_parquet
-from jobs.runtime import SOME_CPU, connect, own_errors
+from jobs.runtime import SOME_CPU, connect, own_errors, working_nodes
 from jobs.shards import (
     RETRIES,
     SearchConfig,
@@ -210,7 +210,7 @@ def neighbours(config: BitextConfig, here: Corpus, there: Corpus, output: Path, 
         Finder
     )
     arguments = (there.plan, there.shards, output, config.neighbours, here is there)
-    pool = ActorPool([remote.remote(*arguments) for _ in range(min(len(missing), len(ray.nodes()) + 1))])
+    pool = ActorPool([remote.remote(*arguments) for _ in range(min(len(missing), working_nodes() + 1))])
     firsts = np.append(0, np.cumsum([pq.read_metadata(file).num_rows for file in here.files])).tolist()
     for number in missing:
         pool.submit(lambda finder, part: finder.find.remote(part, here.files[part], firsts[part]), number)

@@ -69,7 +69,7 @@ from embedlib.threads import use_cores
 from embedlib.wheels import cache_directory
 from jobs.embed import worker_device
 from jobs.metrics import RunReport
-from jobs.runtime import artifacts_directory, connect, cpu_processes, num_gpus, quiet
+from jobs.runtime import artifacts_directory, connect, cpu_processes, num_gpus, quiet, working_nodes
 
 SAMPLE_TEXTS = 2000
 SPEED_TEXTS = 750
@@ -355,7 +355,7 @@ def hub_task(unit: Unit) -> Any:
 def scorers(config: EvaluateConfig, work: int) -> list[Any]:
     """Actors for so many pieces of work: one a GPU, or one a core of each node."""
     gpus = num_gpus()
-    size = gpus or len(ray.nodes()) * cpu_processes()
+    size = gpus or working_nodes() * cpu_processes()
     silent = {"env_vars": {"TQDM_DISABLE": "1"}}  # mteb draws a bar for every column of a task
     # What a lost scorer had finished is on disk, so doing its task again costs little.
     remote = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, runtime_env=silent, max_restarts=-1, max_task_retries=3)(

@@ -43,7 +43,7 @@ from jobs.embed import EmbedConfig, EmbedResult, embed_all
 from jobs.metrics import RunReport
 from jobs.miner import STATISTICS, MinePlan, Miner, read_queries
 from jobs.parts import claim, content_mark, missing_parts, part_name, write_parquet
-from jobs.runtime import SOME_CPU, connect, own_errors
+from jobs.runtime import SOME_CPU, connect, own_errors, working_nodes
 from jobs.shards import (
     RETRIES,
     VECTORS,
@@ -364,7 +364,7 @@ def mine_blocks(
         Miner
     )
     # One more than there are nodes: while a block is chosen from, the shards search the next.
-    miners = ActorPool([remote.remote(plan, shards) for _ in range(min(len(missing), len(ray.nodes()) + 1))])
+    miners = ActorPool([remote.remote(plan, shards) for _ in range(min(len(missing), working_nodes() + 1))])
     for number in missing:
         miners.submit(lambda miner, block: miner.mine.remote(block), number)
     sums: Counter[str] = Counter()

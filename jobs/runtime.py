@@ -83,8 +83,8 @@ def present_gpus() -> int:
 
 
 def working_nodes() -> int:
-    """Nodes that are there now and give CPUs to work: a head that gives none is not one."""
-    return sum(bool(node["Alive"] and node["Resources"].get("CPU")) for node in ray.nodes())
+    """Nodes that are there now and give CPUs to work, at least the one to come: neither the lost nor a head without."""
+    return max(1, sum(bool(node["Alive"] and node["Resources"].get("CPU")) for node in ray.nodes()))
 
 
 def autoscaled(resource: str) -> int:

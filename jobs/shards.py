@@ -382,7 +382,7 @@ def start_shards(plan: ShardPlan, report: RunReport) -> list[Any]:
 
     Only as many are built at a time as there are cores, since one that is built holds its whole index in memory.
     """
-    cores = (os.cpu_count() or 1) * max(1, working_nodes())
+    cores = (os.cpu_count() or 1) * working_nodes()
     threads = max(1, cores // len(plan.chunks))
     remote = ray.remote(
         num_cpus=SOME_CPU,
