@@ -95,12 +95,13 @@ def with_mteb(model: str, tasks: dict[str, dict[str, Any]], root: str) -> tuple[
 
 def every_score(config: "EvaluateConfig") -> "list[Score]":
     """What jobs/evaluate.py scores, without its report, on the cluster joined before; RuntimeError if a task fails."""
-    from jobs.evaluate import find_models, plan_units, score_all, scorers
+    from jobs.evaluate import Sample, all_asked, answered, find_models, plan_units, scorers
 
     units, _ = plan_units(config)
     report = RunReport("evaluate", "benchmark", Store.at(str(config.directory)), {})
     found: list[Score] = []
-    for result in score_all(scorers(config, len(units)), find_models(config), units, report):
+    asked = all_asked(find_models(config), units, Sample([], [], []))
+    for _, result in answered(scorers(config, len(asked)), asked, report):
         if not isinstance(result, list):
             raise RuntimeError(f"{result.model} on {result.task}: {result.reason}")
         found += result

@@ -14,7 +14,7 @@ import difflib
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -74,6 +74,7 @@ from jobs.runtime import artifacts_directory, connect, cpu_processes, num_gpus, 
 SAMPLE_TEXTS = 2000
 SPEED_TEXTS = 750
 SPEED_RUNS = 3
+EMBEDDED, CUT = "texts without labels", "tokens a word"  # what fails, besides tasks
 NODE = "ray.io/node-id"  # the label that Ray gives every node
 
 
@@ -221,14 +222,14 @@ class Scorer:
             encoder = self._encoder(model)
             return encoder.embed(texts, symmetric_prompt(encoder.prompts))
         except Exception as error:
-            return failure_of(model.name, "texts without labels", error)
+            return failure_of(model.name, EMBEDDED, error)
 
     def cut(self, model: Model, sample: Sample) -> Fertility | Failure:
         """How finely the model's tokenizer cuts, or why that cannot be told."""
         try:
             return measure_fertility(Encoder.load(model.directory), sample.texts, sample.langs)
         except Exception as error:
-            return failure_of(model.name, "tokens a word", error)
+            return failure_of(model.name, CUT, error)
 
     def _encoder(self, model: Model) -> CachedEncoder:
         if model.fingerprint not in self.encoders:
@@ -364,31 +365,55 @@ def scorers(config: EvaluateConfig, work: int) -> list[Any]:
     return [remote.remote(config.dtype) for _ in range(max(1, min(size, work)))]
 
 
-def score_all(
-    actors: Sequence[Any], models: Sequence[Model], units: Sequence[Unit], report: RunReport
-) -> Iterator[list[Score] | Failure]:
-    """Every model's scores on every task, as they come; a model's tasks follow each other, and it is loaded once."""
-    work = [(model, unit) for model in models for unit in units]
-    report.begin("evaluate", len(work), "tasks")
-    texts = kept = 0
-    idle, waiting = list(actors), deque(work)
-    running: dict[Any, tuple[Any, Model, Unit]] = {}
+class Asked(NamedTuple):
+    """Something that a scorer is asked of a model."""
+
+    model: Model
+    what: str
+    """What it is called where it fails; a task's name."""
+    method: Literal["score", "embed", "cut"]
+    given: Any
+
+
+def all_asked(models: Sequence[Model], units: Sequence[Unit], sample: Sample) -> list[Asked]:
+    """Every model's scores on every task, then what is told of texts without labels, if there are any; model by model,
+    so that each is loaded once."""
+    asked = []
+    for model in models:
+        asked += [Asked(model, unit.name, "score", unit) for unit in units]
+        if sample.texts:
+            asked += [Asked(model, EMBEDDED, "embed", sample.texts), Asked(model, CUT, "cut", sample)]
+    return asked
+
+
+def answered(actors: Sequence[Any], asked: Sequence[Asked], report: RunReport) -> Iterator[tuple[Asked, Any]]:
+    """All that is asked with its answers, as they come.
+
+    A scorer ends as soon as nothing waits for it: another may have lost its node and need the room to begin anew.
+    """
+    num_tasks = sum(each.method == "score" for each in asked)
+    report.begin("evaluate", num_tasks, "tasks")
+    texts = kept = done = 0
+    idle, waiting = list(actors), deque(asked)
+    running: dict[Any, tuple[Any, Asked]] = {}
     while waiting or running:
         while waiting and idle:
-            actor, item = idle.pop(), waiting.popleft()
-            running[actor.score.remote(*item)] = (actor, *item)
+            actor, question = idle.pop(), waiting.popleft()
+            running[getattr(actor, question.method).remote(question.model, question.given)] = (actor, question)
+        while idle:
+            ray.kill(idle.pop())
         (ready,), _ = ray.wait(list(running))
-        actor, model, unit = running.pop(ready)
+        actor, question = running.pop(ready)
         idle.append(actor)
-        found: Scored | Failure = outcome(ready, model, unit.name)
-        scored = Scored(found) if isinstance(found, Failure) else found
-        texts, kept = texts + scored.texts, kept + scored.kept
-        report.update(
-            len(work) - len(waiting) - len(running),
-            f"{unit.name}{' failed' if isinstance(scored.result, Failure) else ''}",
-            {"cache_hits": kept / texts} if texts else {},
-        )
-        yield scored.result
+        found = outcome(ready, question.model, question.what)
+        if question.method == "score":
+            scored = Scored(found) if isinstance(found, Failure) else found
+            found, texts, kept, done = scored.result, texts + scored.texts, kept + scored.kept, done + 1
+            failed = " failed" if isinstance(found, Failure) else ""
+            report.update(done, f"{question.what}{failed}", {"cache_hits": kept / texts} if texts else {})
+        yield question, found
+    for actor in idle:
+        ray.kill(actor)
 
 
 def outcome(reference: Any, model: Model, what: str) -> Any:
@@ -447,14 +472,6 @@ def texts_of(unit: Unit) -> list[dict[str, Any]]:
             column = next(name for name in ("sentence1", "text", "sentences") if name in table.column_names)
             rows += [{"text": text, "lang": lang} for text in table.select(range(min(len(table), 100)))[column]]
     return rows
-
-
-def asked_of_each(
-    actors: Sequence[Any], models: Sequence[Model], what: str, ask: Callable[[Any, Model], Any]
-) -> dict[str, Any]:
-    """What some actor answers for each model, by its name, or that its process died of it."""
-    waiting = [(model, ask(actors[number % len(actors)], model)) for number, model in enumerate(models)]
-    return {model.name: outcome(each, model, what) for model, each in waiting}
 
 
 def compare_texts(vectors: Mapping[str, Vectors], baseline: str, sample: Sample) -> dict[str, Drift | Failure]:
@@ -567,32 +584,27 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         write_cards(config, models, finished)
         return finished  # a task that failed while it ran is tried again
     report = RunReport("evaluate", mark, Store.at(str(config.directory)), config.model_dump(mode="json"))
-    actors = scorers(config, len(models) * len(units))
+    sample = read_sample(config, units)
+    asked = all_asked(models, units, sample)
+    answers: dict[str, dict[str, Any]] = {"embed": {}, "cut": {}}
     scores: list[Score] = []
-    for result in score_all(actors, models, units, report):
-        if isinstance(result, Failure):
-            failures.append(result)
+    for question, found in answered(scorers(config, len(asked)), asked, report):
+        if isinstance(found, Failure):
+            failures.append(found)
+        elif question.method == "score":
+            scores += found
         else:
-            scores += result
+            answers[question.method][question.model.name] = found
     if not scores:
         reasons = "; ".join(sorted({f"{failure.task}: {failure.reason}" for failure in failures}))
         raise DataError(f"tasks: none could be scored: {reasons}")
     place = {unit.name: number for number, unit in enumerate(units)}
     scores.sort(key=lambda score: (list(config.models).index(score.model), place[score.task], score.subset))
     baseline = config.compared_with
-    sample = read_sample(config, units)
-    vectors: dict[str, Vectors] = {}
-    fertility: dict[str, Fertility] = {}
+    vectors, fertility = (
+        {model.name: found[model.name] for model in models if model.name in found} for found in answers.values()
+    )
     footprints: dict[str, Footprint] = {}
-    if sample.texts:
-        found = asked_of_each(
-            actors, models, "texts without labels", lambda actor, model: actor.embed.remote(model, sample.texts)
-        )
-        vectors = without_failures(found, failures)
-        cut = asked_of_each(actors, models, "tokens a word", lambda actor, model: actor.cut.remote(model, sample))
-        fertility = without_failures(cut, failures)
-    for actor in actors:
-        ray.kill(actor)  # speed is measured alone
     if sample.texts and config.speed:
         measured = measure_models(models, sample.texts[:SPEED_TEXTS], config, node, report)
         footprints = without_failures(measured, failures)

@@ -22,8 +22,20 @@ from embedlib.errors import ConfigError, DataError, GateError
 from embedlib.evaluation.evaluation_report import PLOTTED_TEXTS, Evaluation, plotted_places, read_evaluation
 from embedlib.evaluation.footprint import Footprint, middle_of
 from embedlib.metrics import row_cosines
-from jobs.evaluate import SAMPLE_TEXTS, EvaluateConfig, Model, evaluate, main, outcome, plan_units, read_sample
-from jobs.metrics import NOTE
+from embedlib.storage import Store
+from jobs.evaluate import (
+    SAMPLE_TEXTS,
+    Asked,
+    EvaluateConfig,
+    Model,
+    answered,
+    evaluate,
+    main,
+    outcome,
+    plan_units,
+    read_sample,
+)
+from jobs.metrics import NOTE, RunReport
 from serve.model import read_retention
 from tests.conftest import corpus_rows
 
@@ -222,6 +234,22 @@ def test_a_worker_that_dies_costs_its_task_alone(tmp_path: Path) -> None:
     found = outcome(ray.remote(max_retries=0)(lambda: os._exit(1)).remote(), model, "Huge")
     assert (found.model, found.task) == ("student", "Huge")
     assert found.reason.startswith("its process died: ")
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.timeout(120)
+def test_a_scorer_that_is_idle_makes_room_for_one_that_has_none(tmp_path: Path) -> None:
+    class Cutter:
+        def cut(self, model: Model, given: int) -> int:
+            return given
+
+    # Two that together want more than there is, as when a node was lost: one of them has no place.
+    actors = [ray.remote(num_cpus=ray.cluster_resources()["CPU"])(Cutter).remote() for _ in range(2)]
+    model = Model("student", tmp_path, "mark", tmp_path, None)
+    asked = [Asked(model, "tokens a word", "cut", number) for number in range(2)]
+    report = RunReport("evaluate", "mark", Store.at(str(tmp_path)), {})
+    assert sorted(found for _, found in answered(actors, asked, report)) == [0, 1]
 
 
 @pytest.mark.ray
