@@ -232,33 +232,28 @@ def job_trial(plan: Plan, machines: Machines) -> dict[str, Any]:
     )
     recovery: list[float] = []
     watcher = threading.Thread(target=lambda: recovery.append(seconds_to_recover(work, output, moments)), daemon=True)
-    done: list[str | None] = []
-    broken: list[Exception] = []
+    over = threading.Event()
 
-    def strike() -> None:
-        try:
-            done.append(FAULTS[plan.fault](context))
-        except Exception as error:  # told by the thread that waits for this one
-            broken.append(error)
+    def run_to_the_end() -> None:
+        while drivers[-1].wait() and len(drivers) < MAX_RUNS:
+            over.wait()
+            drivers.append(start_driver(plan.job, plan.folder, machines, values))
 
-    fault = threading.Thread(target=strike)
+    runner = threading.Thread(target=run_to_the_end, daemon=True)
+    runner.start()
+    struck_what = None
     if reached:
         watcher.start()
-        fault.start()
-    while drivers[-1].wait() and len(drivers) < MAX_RUNS:
-        if reached:
-            fault.join()
-        drivers.append(start_driver(plan.job, plan.folder, machines, values))
+        # By this thread: Ray has the kernel end what a thread has started when the thread ends.
+        struck_what = FAULTS[plan.fault](context)
+    over.set()
+    runner.join()
     if reached:
-        fault.join()
         watcher.join(1)
-    if broken:
-        raise broken[0]
     failed = drivers[-1].returncode
-    struck_what = done[0] if done else None
     losses = work.losses(Path(plan.undisturbed), output) if not failed else 1
     return {
-        "struck": struck_what or ("nobody was at work" if done else "the job had ended"),
+        "struck": struck_what or ("nobody was at work" if reached else "the job had ended"),
         "faults": int(struck_what is not None),
         "runs": len(drivers),
         "losses": losses,
