@@ -118,8 +118,10 @@ def fill_disk(context: Context) -> str:
 
 
 def slow_node(context: Context) -> str | None:
-    """Let the workers of one node run a tenth of the time."""
-    node = context.chance.randrange(len(nodes_of(context)))
+    """Let the workers of one node, of those that have some, run a tenth of the time."""
+    nodes = range(len(nodes_of(context)))
+    at_work = [node for node in nodes if workers_of(context.machines.raylet(node))]
+    node = context.chance.choice(at_work or list(nodes))
     end = time.monotonic() + context.chance.uniform(5, 10)
     slowed = False
     while time.monotonic() < end:

@@ -65,7 +65,7 @@ def train_values(files: dict[str, str], output: Path) -> dict[str, Any]:
         "validation_share": 0.2,
         "guide": files["model"],
         "training": {
-            "epochs": 30,
+            "epochs": 120,
             "batch_size": 8,
             "objective": {"anchor": 0.1, "guide": {"margin": -0.1}},
             "optimizer": {"learning_rate": 2e-3},
