@@ -10,6 +10,8 @@ from data sheets. Its shape is checked here: fitted to fewer workers, it must te
 driver's time for a part.
 """
 
+import jobs  # noqa: F401 isort: skip (sets Ray's authentication mode, which Ray reads when it is imported)
+
 import json
 import math
 import re
