@@ -80,7 +80,7 @@ bench-corpus: $(VENV)/.dev ## building a corpus: rows counted, time and memory b
 bench-overheads: $(VENV)/.dev ## what Ray asks for itself by the number of workers, and what that leaves of many GPUs
 	$(BIN)/python -m benchmarks.overheads $(BENCH)
 
-# About a minute a trial: make faults FAULTS="--trials 100 --seed 0".
+# One to three minutes a trial: make faults FAULTS="--trials 100 --seed 0".
 FAULTS ?= --trials 20
 faults: $(VENV)/.dev ## kill workers, nodes, GCS and drivers, fill disks, cut links: artifacts/faults.json
 	$(BIN)/python -m pytest tests/faults --report artifacts/faults.json $(FAULTS)

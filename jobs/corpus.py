@@ -69,7 +69,7 @@ from embedlib.storage import Store, user_path
 from embedlib.wheels import cache_directory
 from jobs.metrics import RunReport
 from jobs.parts import claim, content_mark, missing_parts, part_name, write_parquet
-from jobs.runtime import as_row, connect, cpu_processes, error_of, working_nodes
+from jobs.runtime import all_cpu_processes, as_row, connect, error_of
 
 SPLITS = ("train", "validation", "held_out")
 SCHEMAS = {"corpus": CORPUS_SHARD, "pairs": PAIRS, "query_passage": QUERY_PASSAGE}
@@ -407,7 +407,7 @@ def run_numbered(
     """Ray Data: `function` of every missing number, which writes its file and tells how many rows that has."""
     if not missing:
         return
-    workers = build.config["num_workers"] or working_nodes() * cpu_processes()
+    workers = build.config["num_workers"] or all_cpu_processes()
     # Catalogues come in thousands, and a task costs more than to read one.
     together = max(1, min(MOST_TOGETHER, len(missing) // (workers * TURNS_A_WORKER)))
     done = (

@@ -50,7 +50,7 @@ from embedlib.threads import use_cores
 from embedlib.wheels import cache_directory
 from jobs.metrics import RunReport
 from jobs.parts import claim, content_mark, missing_parts, part_name, write_parquet
-from jobs.runtime import as_row, connect, cpu_processes, error_of, num_gpus, own_errors, quiet, working_nodes
+from jobs.runtime import all_cpu_processes, as_row, connect, cpu_processes, error_of, num_gpus, own_errors, quiet
 
 INDEX_NAME = "index.faiss"
 CALIBRATION_TEXTS = 4096
@@ -433,9 +433,7 @@ def embed_parts(model: Path, plans: Sequence[EmbedPlan], prepared: Sequence[Prep
             EmbedPart,
             fn_constructor_args=(str(model), works),
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(
-                size=min(wanted or gpus or working_nodes() * cpu_processes(), len(items))
-            ),
+            compute=ray.data.ActorPoolStrategy(size=min(wanted or gpus or all_cpu_processes(), len(items))),
             num_cpus=1,
             num_gpus=1 if gpus else None,
         )

@@ -69,7 +69,7 @@ from embedlib.threads import use_cores
 from embedlib.wheels import cache_directory
 from jobs.embed import worker_device
 from jobs.metrics import RunReport
-from jobs.runtime import artifacts_directory, connect, cpu_processes, num_gpus, quiet, working_nodes
+from jobs.runtime import all_cpu_processes, artifacts_directory, connect, num_gpus, quiet
 
 SAMPLE_TEXTS = 2000
 SPEED_TEXTS = 750
@@ -356,7 +356,7 @@ def hub_task(unit: Unit) -> Any:
 def scorers(config: EvaluateConfig, work: int) -> list[Any]:
     """Actors for so many pieces of work: one a GPU, or one a core of each node."""
     gpus = num_gpus()
-    size = gpus or working_nodes() * cpu_processes()
+    size = gpus or all_cpu_processes()
     silent = {"env_vars": {"TQDM_DISABLE": "1"}}  # mteb draws a bar for every column of a task
     # What a lost scorer had finished is on disk, so doing its task again costs little.
     remote = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, runtime_env=silent, max_restarts=-1, max_task_retries=3)(
@@ -400,20 +400,19 @@ def answered(actors: Sequence[Any], asked: Sequence[Asked], report: RunReport) -
         while waiting and idle:
             actor, question = idle.pop(), waiting.popleft()
             running[getattr(actor, question.method).remote(question.model, question.given)] = (actor, question)
-        while idle:
-            ray.kill(idle.pop())
         (ready,), _ = ray.wait(list(running))
         actor, question = running.pop(ready)
-        idle.append(actor)
         found = outcome(ready, question.model, question.what)
+        if waiting:
+            idle.append(actor)
+        else:
+            ray.kill(actor)
         if question.method == "score":
             scored = Scored(found) if isinstance(found, Failure) else found
             found, texts, kept, done = scored.result, texts + scored.texts, kept + scored.kept, done + 1
             failed = " failed" if isinstance(found, Failure) else ""
             report.update(done, f"{question.what}{failed}", {"cache_hits": kept / texts} if texts else {})
         yield question, found
-    for actor in idle:
-        ray.kill(actor)
 
 
 def outcome(reference: Any, model: Model, what: str) -> Any:

@@ -42,10 +42,12 @@ from jobs.shards import (
     num_lists,
     read_chunks,
     require_distinct,
+    rows_of,
     sample,
     train_on_worker,
     vector_files,
     vectors_manifest,
+    whole_files,
 )
 
 INDEX_NAME, TRAINED_NAME, IDS_NAME = "index.faiss", "trained.faiss", "ids.npy"
@@ -94,7 +96,8 @@ def build(config: IndexConfig) -> Manifest:
     ids = write_ids(config, files, home)
     sources = [*(base.measurements["sources"] if base else []), [str(Path(config.vectors).absolute()), config.first_id]]
     trained = home / TRAINED_NAME
-    pieces = cut(files, -(-sum(pq.read_metadata(file).num_rows for file in files) // config.piece_rows))
+    whole = whole_files(files)
+    pieces = cut(whole, -(-rows_of(whole) // config.piece_rows))
     if base and not trained.exists():
         save_index(read_inverted(Path(config.base or "") / TRAINED_NAME), trained)
     elif not trained.exists():
@@ -195,7 +198,7 @@ def measure(config: IndexConfig, sources: Sequence[Sequence[Any]], path: Path) -
             f"min_recall: the vectors of the base at {gone[0]} are gone, so that recall cannot be measured; "
             "bring them back, or give min_recall 0"
         )
-    corpora = [(cut(vector_files(Store.at(source)), 1)[0], first_id) for source, first_id in sources]
+    corpora = [(whole_files(vector_files(Store.at(source))), first_id) for source, first_id in sources]
     queries = sample([part for parts, _ in corpora for part in parts], config.recall_queries)
     remote = ray.remote(num_cpus=1)(exact_nearest)
     heap = faiss.ResultHeap(len(queries), RECALL_AT, keep_max=True)

@@ -49,7 +49,6 @@ from jobs.shards import (
     VECTORS,
     SearchConfig,
     check_vectors,
-    cut,
     gated,
     plan_shards,
     read_chunks,
@@ -58,6 +57,7 @@ from jobs.shards import (
     start_shards,
     vector_files,
     vectors_manifest,
+    whole_files,
 )
 
 SAMPLED_BLOCKS = 16
@@ -336,8 +336,8 @@ def write_positives(home: Path, files: Sequence[Path], judge: Sequence[Path] | N
     """All positives as one shard, which says what they score."""
     if (home / "positives").exists():
         return
-    (parts,) = cut(files, 1)
-    opinions = cut(judge, 1)[0] if judge else []
+    parts = whole_files(files)
+    opinions = whole_files(judge) if judge else []
     build_shard(
         lambda: read_chunks(parts, columns),
         home / "positives",

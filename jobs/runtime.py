@@ -100,6 +100,11 @@ def cpu_processes() -> int:
     return min(os.cpu_count() or 1, MAX_CPU_PROCESSES)
 
 
+def all_cpu_processes() -> int:
+    """How many such processes the CPUs of all nodes feed."""
+    return working_nodes() * cpu_processes()
+
+
 def artifacts_directory() -> Path:
     """Where jobs keep their output: $EMBEDLIB_ARTIFACTS, else `artifacts` where the job was started."""
     return Path(os.environ.get("EMBEDLIB_ARTIFACTS", "artifacts")).absolute()

@@ -194,15 +194,15 @@ def plan_shards(
 
     `judge` are files of the same rows with a second model's vectors.
     """
-    (whole,) = cut([*own, *others], 1)
+    whole = whole_files([*own, *others])
     factory = factory_of(search, whole)
     num_shards = search.shards or max(working_nodes(), present_gpus(), -(-index_bytes(factory, whole) // SHARD_BYTES))
     plan = ShardPlan(
         work=str(work),
         search=search.model_dump(),
-        chunks=cut([*own, *others], num_shards),
+        chunks=cut(whole, num_shards),
         factory=factory,
-        judge=cut(judge, num_shards) if judge else [],
+        judge=cut(whole_files(judge), num_shards) if judge else [],
         columns={"id": "id", "vector": "vector"} | columns,
         id_type=pq.read_schema(own[0]).field("id").type if own else pa.int64(),
         num_own_rows=sum(pq.read_metadata(file).num_rows for file in own),
@@ -296,13 +296,20 @@ def require_same_rows(files: Sequence[Path], judge: Sequence[Path]) -> None:
         )
 
 
-def cut(files: Sequence[Path], num_shards: int) -> list[list[Part]]:
-    """All rows of the files in `num_shards` runs of equal length, numbered from 0."""
+def whole_files(files: Sequence[Path]) -> list[Part]:
+    """All rows of each file that has some, numbered from 0 over all of them."""
     whole: list[Part] = []
+    first = 0
     for file in files:
-        first = whole[-1].first_row + whole[-1].num_rows if whole else 0
-        whole.append(Part(str(file), 0, pq.read_metadata(file).num_rows, first))
-    total = whole[-1].first_row + whole[-1].num_rows
+        if num_rows := pq.read_metadata(file).num_rows:
+            whole.append(Part(str(file), 0, num_rows, first))
+            first += num_rows
+    return whole
+
+
+def cut(whole: Sequence[Part], num_shards: int) -> list[list[Part]]:
+    """All rows of `whole_files` in `num_shards` runs of equal length."""
+    total = rows_of(whole)
     if num_shards > total:
         raise ConfigError(f"search.shards: {num_shards} of {total} passages; expected fewer")
     edges = [total * number // num_shards for number in range(num_shards + 1)]
@@ -318,7 +325,7 @@ def between(part: Part, begin: int, end: int) -> Part:
 
 def factory_of(search: SearchConfig, parts: Sequence[Part]) -> str | None:
     """What faiss.index_factory is to make over these rows; none: brute force."""
-    num_rows = sum(part.num_rows for part in parts)
+    num_rows = rows_of(parts)
     if search.index == "exact" or (search.index == "auto" and num_rows <= EXACT_ROWS):
         return None
     if search.index != "auto":
@@ -344,7 +351,12 @@ def index_bytes(factory: str | None, parts: Sequence[Part]) -> int:
     """Memory that the codes and ids of these rows take in such an index; brute force holds none, but reads files."""
     if factory is None:
         return 0
-    return sum(part.num_rows for part in parts) * (code_size(factory, dim_of(parts[0])) + ID_BYTES)
+    return rows_of(parts) * (code_size(factory, dim_of(parts[0])) + ID_BYTES)
+
+
+def rows_of(parts: Sequence[Part]) -> int:
+    """How many rows the parts have."""
+    return sum(part.num_rows for part in parts)
 
 
 def dim_of(part: Part) -> int:
@@ -369,7 +381,7 @@ def train_on_worker(parts: Sequence[Part], factory: str, path: Path, most: int |
 def sample(parts: Sequence[Part], num_rows: int) -> npt.NDArray[np.float32]:
     """About `num_rows` vectors of all parts alike, (rows, dim)."""
     chance = np.random.default_rng(0)
-    share = min(1.0, num_rows / sum(part.num_rows for part in parts))
+    share = min(1.0, num_rows / rows_of(parts))
     found = []
     for part in parts:
         chosen = np.sort(chance.choice(part.num_rows, math.ceil(part.num_rows * share), replace=False)) + part.start
@@ -388,7 +400,7 @@ def start_shards(plan: ShardPlan, report: RunReport) -> list[Any]:
         num_cpus=SOME_CPU,
         num_gpus=0 if plan.factory else share_of_gpu(len(plan.chunks), present_gpus()),
         # What is asked for is what a node must have free, or an autoscaler start.
-        memory=max(index_bytes(plan.factory, parts) for parts in plan.chunks),
+        memory=index_bytes(plan.factory, max(plan.chunks, key=rows_of)),
         max_restarts=-1,
         max_task_retries=RETRIES,
         scheduling_strategy="SPREAD",

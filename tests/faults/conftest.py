@@ -2,7 +2,7 @@
 
     python -m pytest tests/faults --trials 20 --seed 1 [--jobs embed,mine] [--faults worker,node] [--report faults.json]
 
-Without --trials nothing runs: a trial takes about a minute, much of it waiting, so `-n 2` does two at a time.
+Without --trials nothing runs: a trial takes one to three minutes of two cores; `-n 2` does two at a time.
 """
 
 import json
@@ -94,8 +94,8 @@ def undisturbed(files: dict[str, str], tmp_path_factory: pytest.TempPathFactory)
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Of trials side by side (`-n`), each process hands what it found to the one that reports."""
-    if handed := getattr(session.config, "workeroutput", None):
-        handed["trials"] = RESULTS
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["trials"] = RESULTS
 
 
 @pytest.hookimpl(optionalhook=True)

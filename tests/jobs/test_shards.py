@@ -11,7 +11,7 @@ import ray
 
 from embedlib.errors import ConfigError
 from jobs import shards
-from jobs.shards import SearchConfig, cut, index_bytes, mergeable, plan_shards, share_of_gpu
+from jobs.shards import SearchConfig, index_bytes, mergeable, plan_shards, share_of_gpu, whole_files
 
 DIM, ROWS = 16, 600
 
@@ -40,7 +40,7 @@ def test_all_shards_find_a_gpu_at_once(num_shards: int, num_gpus: int) -> None:
 def test_a_shard_takes_no_more_memory_than_it_may(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "nodes", lambda: nodes(None, 0, 2, 2))
     monkeypatch.setattr(shards, "present_gpus", lambda: 0)
-    (parts,) = cut([file], 1)
+    parts = whole_files([file])
     assert index_bytes(None, parts) == 0
     assert index_bytes("HNSW8", parts) == ROWS * (4 * DIM + 8)
     assert index_bytes("IVF4,SQ8", parts) == ROWS * (DIM + 8)
