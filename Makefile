@@ -80,7 +80,7 @@ bench-corpus: $(VENV)/.dev ## building a corpus: rows counted, time and memory b
 bench-overheads: $(VENV)/.dev ## what Ray asks for itself by the number of workers, and what that leaves of many GPUs
 	$(BIN)/python -m benchmarks.overheads $(BENCH)
 
-# One to three minutes a trial: make faults FAULTS="--trials 100 --seed 0".
+# For a report of all pairs of job and fault, more than twice each: make faults FAULTS="--trials 100 --seed 0 -n 2".
 FAULTS ?= --trials 20
 faults: $(VENV)/.dev ## kill workers, nodes, GCS and drivers, fill disks, cut links: artifacts/faults.json
 	$(BIN)/python -m pytest tests/faults --report artifacts/faults.json $(FAULTS)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.faults.machines import SideBySide
-from tests.faults.trial import MAX_RUNS, start_driver, wait_up_to
+from tests.faults.run import MAX_RUNS, start_driver, wait_up_to
 from tests.jobs.processes import kill_tree
 
 NODES = 3

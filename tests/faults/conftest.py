@@ -2,7 +2,7 @@
 
     python -m pytest tests/faults --trials 20 --seed 1 [--jobs embed,mine] [--faults worker,node] [--report faults.json]
 
-Without --trials nothing runs: a trial takes one to three minutes of two cores; `-n 2` does two at a time.
+Without --trials nothing runs. A run has some three trials; `-n 2` does two at a time.
 """
 
 import json
@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from filelock import FileLock
 
 from embedlib.schemas import CORPUS
 from tests.conftest import corpus_rows
@@ -30,7 +31,7 @@ VARIANTS = 24
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("faults")
-    group.addoption("--trials", type=int, default=0, help="how many faults")
+    group.addoption("--trials", type=int, default=0, help="how many faults; each run of a job has three or four")
     group.addoption("--seed", type=int, default=0, help="decides jobs, faults and moments")
     group.addoption("--jobs", default="", help="comma-separated; none: all")
     group.addoption("--faults", default="", help="comma-separated; none: all")
@@ -42,7 +43,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         option = metafunc.config.getoption
         chosen = [set(filter(None, option(name, "").split(","))) for name in ("--jobs", "--faults")]
         plans = draw(option("--trials", 0), option("--seed", 0), *chosen)
-        metafunc.parametrize("drawn", plans, ids=[f"{plan.number}-{plan.job}-{plan.fault}" for plan in plans])
+        names = ["-".join([str(plan.number), plan.job, *(strike.fault for strike in plan.strikes)]) for plan in plans]
+        metafunc.parametrize("drawn", plans, ids=names)
 
 
 @pytest.fixture(scope="session")
@@ -76,18 +78,21 @@ def files(tiny_encoder: Path, tiny_texts: list[str], tmp_path_factory: pytest.Te
 
 @pytest.fixture(scope="session")
 def undisturbed(files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """What a job makes when nothing happens, made once a session."""
-    made: dict[str, Path] = {}
+    """What a job makes when nothing happens, made once a session, also of several processes."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
 
     def of(job: str) -> Path:
-        if job not in made and job in JOBS:
-            folder = tmp_path_factory.mktemp(job)
-            (folder / "values.json").write_text(json.dumps(JOBS[job].values(files, folder / "output")))
-            environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_ADDRESS")}
-            command = [sys.executable, "-m", "tests.faults.drive", job, str(folder / "values.json")]
-            subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, timeout=600)
-            made[job] = folder / "output"
-        return made.get(job, Path())
+        folder = root / f"undisturbed-{job}"
+        with FileLock(f"{folder}.lock"):
+            if job in JOBS and not (folder / "done").exists():
+                folder.mkdir(exist_ok=True)
+                (folder / "values.json").write_text(json.dumps(JOBS[job].values(files, folder / "output")))
+                environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_ADDRESS")}
+                command = [sys.executable, "-m", "tests.faults.drive", job, str(folder / "values.json")]
+                subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, timeout=600)
+                (folder / "done").touch()
+        return folder / "output"
 
     return of
 
@@ -95,12 +100,12 @@ def undisturbed(files: dict[str, str], tmp_path_factory: pytest.TempPathFactory)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Of trials side by side (`-n`), each process hands what it found to the one that reports."""
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["trials"] = RESULTS
+        session.config.workeroutput["runs"] = RESULTS
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    RESULTS.extend(getattr(node, "workeroutput", {}).get("trials", []))
+    RESULTS.extend(getattr(node, "workeroutput", {}).get("runs", []))
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -8,42 +8,71 @@ from tests.faults.work import JOBS
 # A job's result lies on a disk; the endpoint's is an answer, and its driver has ended when it answers.
 OF_JOBS = ("worker", "node", "gcs", "driver", "disk", "slow", "network")
 OF_ENDPOINT = ("worker", "node", "gcs", "slow", "network")
+# GCS and the network ask for nodes of different kinds. What lasts comes last in its run: other nodes go on meanwhile.
+APART = (("gcs", "slow"), ("network",))
+LASTING = ("slow", "network")
+LATEST_OF_ENDPOINT = 8
+
+
+class Strike(NamedTuple):
+    """A trial: one fault."""
+
+    fault: str
+    moment: int
+    """Pieces that are done when it comes."""
 
 
 class Drawn(NamedTuple):
-    """What chance decided."""
+    """A run of a job, and what strikes it."""
 
     number: int
     job: str
-    fault: str
     nodes: int
-    moment: int
-    """Pieces that are done when the fault comes."""
+    strikes: tuple[Strike, ...]
+    """In the order of their moments."""
     seed: int
 
 
 def draw(trials: int, seed: int, jobs: set[str], faults: set[str]) -> list[Drawn]:
-    """`trials` trials that go through all pairs of job and fault, in an order of chance, before one comes again.
+    """Runs with `trials` trials among them, which go through all pairs of job and fault before one comes again.
 
-    ValueError where a job or a fault is unknown.
+    Each round has two runs of every job, each of which is struck by about half of the faults.
+
+    ValueError where a job or a fault is unknown, or no job has any of the faults.
     """
-    pairs = [(job, fault) for job in JOBS for fault in OF_JOBS] + [("serve", fault) for fault in OF_ENDPOINT]
-    for name, asked, known in (("jobs", jobs, {job for job, _ in pairs}), ("faults", faults, set(OF_JOBS))):
+    faults_of = dict.fromkeys(JOBS, OF_JOBS) | {"serve": OF_ENDPOINT}
+    for name, asked, known in (("jobs", jobs, set(faults_of)), ("faults", faults, set(OF_JOBS))):
         if unknown := sorted(asked - known):
             raise ValueError(f"--{name}: {unknown[0]!r}; expected of {sorted(known)}")
-    pairs = [(job, fault) for job, fault in pairs if job in (jobs or {job}) and fault in (faults or {fault})]
     chance = random.Random(seed)
-    order: list[tuple[str, str]] = []
-    while len(order) < trials:
-        order += chance.sample(pairs, len(pairs))
-    return [
-        Drawn(
-            number=number,
-            job=job,
-            fault=fault,
-            nodes=chance.choice((2, 3)),
-            moment=chance.randint(1, JOBS[job].latest if job in JOBS else 8),
-            seed=chance.randrange(2**31),
-        )
-        for number, (job, fault) in enumerate(order[:trials])
-    ]
+    runs: list[Drawn] = []
+    while (missing := trials - sum(len(run.strikes) for run in runs)) > 0:
+        halves = [
+            (job, half)
+            for job, possible in faults_of.items()
+            if job in (jobs or {job})
+            for half in in_halves([fault for fault in possible if fault in (faults or {fault})], chance)
+            if half
+        ]
+        if not halves:
+            raise ValueError(
+                f"--faults: {sorted(faults)} do not strike {sorted(jobs)}; expected of {list(OF_ENDPOINT)}"
+            )
+        for job, half in chance.sample(halves, len(halves)):
+            struck = half[:missing]
+            missing -= len(struck)
+            if struck:
+                latest = JOBS[job].latest if job in JOBS else LATEST_OF_ENDPOINT
+                moments = sorted(chance.sample(range(1, latest + 1), len(struck)))
+                strikes = tuple(Strike(*pair) for pair in zip(struck, moments, strict=True))
+                runs.append(Drawn(len(runs), job, chance.choice((2, 3)), strikes, chance.randrange(2**31)))
+    return runs
+
+
+def in_halves(faults: list[str], chance: random.Random) -> list[list[str]]:
+    """Faults for two runs, in orders of chance."""
+    halves = [[fault for fault in half if fault in faults] for half in APART]
+    others = [fault for fault in faults if not any(fault in half for half in APART)]
+    for fault in chance.sample(others, len(others)):
+        min(halves, key=len).append(fault)
+    return [sorted(chance.sample(half, len(half)), key=LASTING.__contains__) for half in halves]

@@ -3,6 +3,7 @@ namespaces of their own, where a link can be cut."""
 
 import ctypes
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -26,16 +27,34 @@ REDIS_PASSWORD = "of-this-trial"  # noqa: S105 (on loopback, for a minute)
 class Machines(Protocol):
     """A running cluster; node 0 is its head."""
 
+    num_nodes: int
     address: str
     """What drivers join."""
     host: str
     """Where the head's own ports are."""
 
+    def find_raylet(self, node: int) -> int | None:
+        """Process id of a node's raylet, if it runs."""
+
     def raylet(self, node: int) -> int:
-        """Process id of a node's raylet."""
+        """Process id of a node's raylet, which runs."""
+        pid = self.find_raylet(node)
+        assert pid, f"node {node} has no raylet"
+        return pid
+
+    def workers(self, node: int) -> list[psutil.Process]:
+        """The workers of a node that are at work."""
+        raylet = self.find_raylet(node)
+        return workers_of(raylet) if raylet else []
 
     def restart(self, node: int) -> None:
-        """A new node in the place of one that was killed."""
+        """A new node in the place of one that ended, as machines come back."""
+
+    def replace_lost(self) -> None:
+        """A new node in the place of each that has ended since."""
+        for node in range(1, self.num_nodes):
+            if self.find_raylet(node) is None:
+                self.restart(node)
 
 
 def free_port() -> int:
@@ -70,7 +89,7 @@ def redis() -> Iterator[str]:
         server.wait()
 
 
-class SideBySide:
+class SideBySide(Machines):
     """Nodes as processes of this machine, sharing its address."""
 
     def __init__(self, num_nodes: int, redis_address: str | None = None) -> None:
@@ -80,13 +99,14 @@ class SideBySide:
             head |= {"gcs_server_port": free_port(), "redis_password": REDIS_PASSWORD}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.nodes = [self.cluster.head_node, *(self.cluster.add_node(num_cpus=CPUS) for _ in range(num_nodes - 1))]
+        self.num_nodes = num_nodes
         self.address = self.cluster.address
         self.host = "127.0.0.1"
 
-    def raylet(self, node: int) -> int:
-        """Process id of a node's raylet."""
-        pid: int = self.nodes[node].all_processes["raylet"][0].process.pid
-        return pid
+    def find_raylet(self, node: int) -> int | None:
+        """Process id of a node's raylet, if it runs."""
+        process = self.nodes[node].all_processes["raylet"][0].process
+        return process.pid if process.poll() is None else None
 
     def gcs(self) -> int:
         """Process id of the head's GCS."""
@@ -94,7 +114,7 @@ class SideBySide:
         return pid
 
     def restart(self, node: int) -> None:
-        """A new node in the place of one that was killed."""
+        """A new node in the place of one that ended, as machines come back."""
         self.nodes[node] = self.cluster.add_node(num_cpus=CPUS)
 
     def restart_gcs(self) -> None:
@@ -109,7 +129,7 @@ class SideBySide:
                 node.kill_all_processes(check_alive=False, allow_graceful=False)
 
 
-class Namespaces:
+class Namespaces(Machines):
     """Nodes in network namespaces of their own, joined by a switch in another one; the host's network is not touched.
 
     This process moves to the head's, and with it what it starts from then on.
@@ -118,7 +138,10 @@ class Namespaces:
     def __init__(self, num_nodes: int, name: str) -> None:
         self.name, self.num_nodes = name, num_nodes
         self.spaces = [f"{name}-{node}" for node in range(num_nodes)]
-        self.host, self.address = "10.99.0.1", "10.99.0.1:6379"
+        # Ray looks for clusters by address among all processes: that of another one must be another.
+        self.subnet = f"10.99.{os.getpid() % 256}"
+        self.host = f"{self.subnet}.1"
+        self.address = f"{self.host}:6379"
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
         self.lay_cables()
         enter(self.spaces[0])
@@ -146,7 +169,7 @@ class Namespaces:
             ip("netns", "add", space)
             ip("-n", switch, "link", "add", f"port{node}", "type", "veth", "peer", "name", "eth0", "netns", space)
             ip("-n", switch, "link", "set", f"port{node}", "master", "switch", "up")
-            ip("-n", space, "addr", "add", f"10.99.0.{node + 1}/24", "dev", "eth0")
+            ip("-n", space, "addr", "add", f"{self.subnet}.{node + 1}/24", "dev", "eth0")
             ip("-n", space, "link", "set", "eth0", "up")
             ip("-n", space, "link", "set", "lo", "up")
 
@@ -157,7 +180,7 @@ class Namespaces:
     def start(self, node: int) -> None:
         """Start Ray on a node."""
         ray = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--num-cpus", str(CPUS)]
-        ray += ["--node-ip-address", f"10.99.0.{node + 1}", "--object-store-memory", str(150 * 2**20)]
+        ray += ["--node-ip-address", f"{self.subnet}.{node + 1}", "--object-store-memory", str(150 * 2**20)]
         ray += ["--head", "--port", "6379", "--dashboard-host", self.host] if node == 0 else ["--address", self.address]
         self.processes[node] = subprocess.Popen(
             self.within(node, *ray), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
@@ -172,12 +195,6 @@ class Namespaces:
                     if child.name() == "raylet":
                         return int(child.pid)
         return None
-
-    def raylet(self, node: int) -> int:
-        """Process id of a node's raylet."""
-        pid = self.find_raylet(node)
-        assert pid, f"node {node} has no raylet"
-        return pid
 
     def cut(self, node: int) -> None:
         """Pull a node's cable."""
@@ -214,10 +231,11 @@ def ip(*words: str) -> None:
 
 
 def workers_of(raylet: int) -> list[psutil.Process]:
-    """The workers that a raylet has started, those that wait for work included."""
+    """The workers of a raylet that are at work; not its agents."""
     with suppress(psutil.NoSuchProcess):
-        below = psutil.Process(raylet).children(recursive=True)
-        return [child for child in below if (title_of(child)).startswith("ray::") and "IDLE" not in title_of(child)]
+        below = {child: title_of(child) for child in psutil.Process(raylet).children(recursive=True)}
+        others = re.compile("IDLE|Agent|_UsageCollectionActor")
+        return [child for child, title in below.items() if title.startswith("ray::") and not others.search(title)]
     return []
 
 

@@ -6,8 +6,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,48 +18,54 @@ from tests.faults.conftest import REPOSITORY
 from tests.faults.draw import OF_ENDPOINT, OF_JOBS, Drawn, draw
 from tests.faults.machines import Namespaces
 from tests.faults.report import RESULTS, summary
-from tests.faults.trial import FAULTS, Plan, seconds_to_recover
+from tests.faults.run import FAULTS, Driven, Effect, Plan
 from tests.faults.work import JOBS, lost_rows, lost_vectors
+from tests.jobs.processes import wait_for
 
-TRIAL_S = 400
+RUN_S = 900
 
 
 @pytest.fixture
-def folder(drawn: Drawn, tmp_path: Path) -> Path:
-    """Where a trial works; where a disk gets full, one of its own."""
-    if drawn.fault == "disk":
-        (tmp_path / "output").mkdir()
-        mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(tmp_path / "output")]
+def folder(drawn: Drawn, tmp_path: Path) -> Iterator[Path]:
+    """Where a run works; where a disk gets full, one of its own."""
+    output = tmp_path / "output"
+    output.mkdir()
+    full = "disk" in faults_of(drawn)
+    if full:
+        mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(output)]
         if subprocess.run(mount, capture_output=True).returncode:
             pytest.skip("cannot mount a small disk: a full disk is not tried")
-    return tmp_path
+    yield tmp_path
+    if full:
+        subprocess.run(["umount", "--lazy", output], check=True)
 
 
-@pytest.mark.timeout(TRIAL_S + 700)
-def test_trial(drawn: Drawn, folder: Path, files: dict[str, str], undisturbed: Callable[[str], Path]) -> None:
-    if drawn.fault == "gcs" and not shutil.which("redis-server"):
+def faults_of(drawn: Drawn) -> list[str]:
+    """What strikes a run."""
+    return [strike.fault for strike in drawn.strikes]
+
+
+@pytest.mark.timeout(RUN_S + 700)
+def test_run(drawn: Drawn, folder: Path, files: dict[str, str], undisturbed: Callable[[str], Path]) -> None:
+    if "gcs" in faults_of(drawn) and not shutil.which("redis-server"):
         pytest.skip("no redis-server: a killed GCS is not tried")
-    if drawn.fault == "network" and not Namespaces.available():
+    if "network" in faults_of(drawn) and not Namespaces.available():
         pytest.skip("no network namespaces for this user: a cut link is not tried")
     plan = Plan(*drawn, folder=str(folder), undisturbed=str(undisturbed(drawn.job)), files=files)
-    (folder / "trial.json").write_text(json.dumps(plan._asdict()))
-    command = [sys.executable, "-m", "tests.faults.trial", str(folder / "trial.json")]
+    (folder / "run.json").write_text(json.dumps(plan._asdict()))
+    command = [sys.executable, "-m", "tests.faults.run", str(folder / "run.json")]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | RAY
-    # A trial that hangs or breaks off has lost what it was to make.
-    result = {"trial": drawn.number, "job": drawn.job, "fault": drawn.fault, "nodes": drawn.nodes, "runs": 1}
-    result |= {"struck": "unknown", "faults": 1, "losses": 1, "recovery_s": None}
+    # A run that hangs or breaks off has lost what it was to make.
+    unknown = {"struck": "unknown", "faults": 1, "recovery_s": None, "reruns": 0}
+    result: dict[str, Any] = {"run": drawn.number, "job": drawn.job, "nodes": drawn.nodes, "losses": 1}
+    result |= {"trials": [strike._asdict() | unknown for strike in drawn.strikes]}
     try:
-        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=TRIAL_S)
-        lines = [line for line in done.stdout.splitlines() if line.startswith('{"trial"')]
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=RUN_S)
+        lines = [line for line in done.stdout.splitlines() if line.startswith('{"run"')]
         result = json.loads(lines[-1]) if lines else result | {"error": done.stderr[-3000:]}
     except subprocess.TimeoutExpired:
-        result["error"] = f"not done after {TRIAL_S} s"
-    finally:
-        if drawn.fault == "disk":
-            subprocess.run(["umount", "--lazy", folder / "output"], check=True)
+        result["error"] = f"not done after {RUN_S} s"
     print(result)
-    if not (result["faults"] or result["losses"]):
-        pytest.skip(f"{result['struck']}: no fault, so no trial")
     RESULTS.append(result)
     assert result["losses"] == 0, result
 
@@ -66,6 +73,7 @@ def test_trial(drawn: Drawn, folder: Path, files: dict[str, str], undisturbed: C
 RAY = {
     "RAY_AUTH_MODE": "token",
     "RAY_worker_niceness": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
     # A node that says nothing is given up after 6 s instead of 30.
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_failure_threshold": "6",
@@ -76,28 +84,49 @@ RAY = {
 
 
 def test_a_seed_stands_for_its_trials_and_covers_all_pairs() -> None:
-    pairs = len(JOBS) * len(OF_JOBS) + len(OF_ENDPOINT)
-    plans = draw(2 * pairs, 7, set(), set())
-    assert plans == draw(2 * pairs, 7, set(), set())
-    assert plans != draw(2 * pairs, 8, set(), set())
-    first = {(plan.job, plan.fault) for plan in plans[:pairs]}
-    assert len(first) == pairs
-    assert {fault for _, fault in first} == set(FAULTS)
-    assert {plan.job for plan in draw(5, 0, {"mine"}, {"node"})} == {"mine"}
+    pairs = [(job, fault) for job in JOBS for fault in OF_JOBS] + [("serve", fault) for fault in OF_ENDPOINT]
+
+    def drawn(runs: list[Drawn]) -> list[tuple[str, str]]:
+        return [(run.job, fault) for run in runs for fault in faults_of(run)]
+
+    runs = draw(2 * len(pairs), 7, set(), set())
+    assert runs == draw(2 * len(pairs), 7, set(), set())
+    assert runs != draw(2 * len(pairs), 8, set(), set())
+    assert sorted(drawn(runs)) == sorted(2 * pairs)
+    assert set(OF_JOBS) == set(FAULTS)
+    assert not any({"gcs", "network"} <= set(faults_of(run)) for run in runs), "a cluster is of one kind"
+    assert all(run.strikes == tuple(sorted(run.strikes, key=lambda strike: strike.moment)) for run in runs)
+    assert drawn(draw(3, 0, {"mine"}, {"gcs"})) == [("mine", "gcs")] * 3
+    assert len(drawn(draw(5, 0, set(), set()))) == 5
     with pytest.raises(ValueError, match="--faults: 'fire'"):
         draw(1, 0, set(), {"fire"})
+    with pytest.raises(ValueError, match=r"\['driver'\] do not strike \['serve'\]"):
+        draw(1, 0, {"serve"}, {"driver"})
 
 
-def test_what_was_done_when_the_fault_had_its_effect_is_no_recovery(tmp_path: Path) -> None:
+def test_what_was_done_when_the_fault_had_its_effect_is_no_recovery() -> None:
     """Between a decision to strike and its effect lie seconds, in which pieces are done as ever."""
-    counted = iter([3, 4, 4, 5])
-    work = JOBS["embed"]._replace(progress=lambda _: next(counted))
-    assert seconds_to_recover(work, tmp_path, [(time.monotonic(), 4)]) > 0
+    counted = iter([4, 4, 4, 5])
+    effect = Effect(lambda: next(counted))
+    effect.landed()
+    wait_for(lambda: effect.seconds is not None, "the fifth piece", 10)
     assert list(counted) == [], "a piece that was there already counted"
 
 
+def test_a_driver_is_started_again_when_the_fault_is_over() -> None:
+    ends = iter(["exit 1", "exit 0"])
+    driven = Driven(lambda: subprocess.Popen(["sh", "-c", f"sleep 0.2; {next(ends)}"]))
+    with driven.fault():
+        driven.drivers[0].wait()
+        time.sleep(0.2)
+        assert len(driven.drivers) == 1
+    driven.runner.join(10)
+    assert driven.over
+    assert [driver.returncode for driver in driven.drivers] == [1, 0]
+
+
 def test_distillations_are_struck_in_both_of_their_long_stages() -> None:
-    moments = {plan.moment for plan in draw(60, 0, {"distill"}, set())}
+    moments = {strike.moment for run in draw(60, 0, {"distill"}, set()) for strike in run.strikes}
     parts = 12
     assert min(moments) < parts < max(moments) <= JOBS["distill"].latest
 
@@ -126,15 +155,31 @@ def test_what_trials_add_is_what_the_session_reports(request: pytest.FixtureRequ
 
 
 def test_the_report_adds_up() -> None:
-    trial = {"trial": 0, "job": "embed", "fault": "node", "faults": 1, "losses": 0, "runs": 2, "recovery_s": 3.0}
-    report = summary([trial, trial | {"fault": "slow", "recovery_s": None}, trial | {"losses": 4, "recovery_s": 9.0}])
-    assert (report["trials"], report["faults"], report["losses"]) == (3, 3, 4)
+    def trial(fault: str, recovery_s: float | None, **values: object) -> dict[str, Any]:
+        return {
+            "fault": fault,
+            "moment": 1,
+            "struck": "it",
+            "faults": 1,
+            "recovery_s": recovery_s,
+            "reruns": 0,
+        } | values
+
+    calm = {"run": 0, "job": "embed", "nodes": 2, "losses": 0}
+    report = summary(
+        [
+            calm | {"trials": [trial("node", 3.0, reruns=1), trial("slow", None)]},
+            calm | {"run": 1, "losses": 4, "trials": [trial("node", 9.0), trial("disk", None, faults=0)]},
+        ]
+    )
+    assert (report["trials"], report["losses"]) == (3, 4)
     assert report["recovery_s"] == {"median": 6.0, "max": 9.0}
-    assert report["by_fault"]["node"] == {
-        "trials": 2,
-        "faults": 2,
+    assert report["by_job"]["embed"] == {
+        "trials": 3,
         "losses": 4,
-        "reruns": 2,
+        "reruns": 1,
         "recovery_s": {"median": 6.0, "max": 9.0},
     }
+    assert report["by_fault"]["node"] == report["by_job"]["embed"] | {"trials": 2}
     assert report["by_fault"]["slow"]["recovery_s"] is None
+    assert "disk" not in report["by_fault"], "what struck nobody was no trial"

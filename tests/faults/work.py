@@ -30,9 +30,9 @@ class Work(NamedTuple):
 
 
 def embed_values(files: dict[str, str], output: Path) -> dict[str, Any]:
-    """10,240 texts in 40 parts."""
+    """10,240 texts in 80 parts."""
     values = {"input": files["corpus"], "output": str(output), "model": files["model"], "backend": "torch-float32"}
-    return values | {"rows_per_part": 256, "num_actors": 3}
+    return values | {"rows_per_part": 128, "num_actors": 3}
 
 
 def corpus_values(files: dict[str, str], output: Path) -> dict[str, Any]:
@@ -43,16 +43,16 @@ def corpus_values(files: dict[str, str], output: Path) -> dict[str, Any]:
 
 
 def mine_values(files: dict[str, str], output: Path) -> dict[str, Any]:
-    """2,000 queries in 40 blocks, two shards."""
+    """2,000 queries in 80 blocks, two shards."""
     return {
         "pairs": files["pairs"],
         "corpus": files["corpus"],
         "output": str(output),
         "model": files["model"],
         "backend": "torch-float32",
-        "rule": {"max_negatives": 4, "relative_margin": 0.01},
+        "rule": {"max_negatives": 4},
         "search": {"shards": 2, "index": "exact"},
-        "queries_per_block": 50,
+        "queries_per_block": 25,
     }
 
 
@@ -183,8 +183,8 @@ def lost_distillation(undisturbed: Path, disturbed: Path) -> int:
 
 JOBS: dict[str, Work] = {
     "corpus": Work(corpus_values, num_pieces, 32, lost_shards),
-    "embed": Work(embed_values, num_parts, 20, lost_vectors),
-    "mine": Work(mine_values, num_parts, 20, lost_rows),
+    "embed": Work(embed_values, num_parts, 50, lost_vectors),
+    "mine": Work(mine_values, num_parts, 50, lost_rows),
     "train": Work(train_values, last_step, 10, lost_training("model")),
     "distill": Work(distil_values, num_parts_and_steps, 20, lost_distillation),
 }

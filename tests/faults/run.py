@@ -1,6 +1,6 @@
-"""One trial: a cluster, a job on it, a fault at a moment of chance, and what came of it, as one line of JSON.
+"""One run: a cluster, a job on it, faults at moments of chance, and what came of it, as one line of JSON.
 
-    python -m tests.faults.trial TRIAL.json
+    python -m tests.faults.run RUN.json
 
 The job's driver is a process of its own. Where it ends with an error, it is started again with the same command, as its
 user would; that a fault needs no such rerun is noted, not asked for.
@@ -18,28 +18,28 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.faults.endpoint import Askers
-from tests.faults.machines import Machines, Namespaces, SideBySide, free_port, pause, redis, workers_of
-from tests.faults.work import JOBS, Work
+from tests.faults.machines import Machines, Namespaces, SideBySide, free_port, pause, redis
+from tests.faults.work import JOBS
 from tests.jobs.processes import kill_tree, wait_for
 
-MAX_RUNS = 5
+MAX_RUNS = 8
 WORKER_S = 5.0
 BLOCK = 1 << 16
 
 
 class Plan(NamedTuple):
-    """A trial, as it was drawn."""
+    """A run, as it was drawn."""
 
     number: int
     job: str
-    fault: str
     nodes: int
-    moment: int
-    """Pieces that are done when the fault comes."""
+    strikes: list[tuple[str, int]]
+    """Each a fault and the pieces that are done when it comes."""
     seed: int
     folder: str
     """Where it works; `undisturbed` is beside it."""
@@ -64,8 +64,7 @@ def kill_worker(context: Context) -> str | None:
     busy: list[Any] = []
 
     def found() -> bool:
-        nodes = range(len(nodes_of(context)))
-        busy[:] = [each for node in nodes for each in workers_of(context.machines.raylet(node))]
+        busy[:] = [each for node in range(context.machines.num_nodes) for each in context.machines.workers(node)]
         return bool(busy)
 
     if not wait_up_to(WORKER_S, found):
@@ -79,7 +78,7 @@ def kill_worker(context: Context) -> str | None:
 
 def kill_node(context: Context) -> str:
     """SIGKILL the raylet of a node that is not the head, with its workers; a new node joins some seconds later."""
-    node = context.chance.randrange(1, len(nodes_of(context)))
+    node = context.chance.randrange(1, context.machines.num_nodes)
     kill_tree(context.machines.raylet(node))
     context.struck()
     time.sleep(context.chance.uniform(1, 5))
@@ -118,13 +117,13 @@ def fill_disk(context: Context) -> str:
 
 def slow_node(context: Context) -> str | None:
     """Let the workers of one node, of those that have some, run a tenth of the time."""
-    nodes = range(len(nodes_of(context)))
-    at_work = [node for node in nodes if workers_of(context.machines.raylet(node))]
+    nodes = range(context.machines.num_nodes)
+    at_work = [node for node in nodes if context.machines.workers(node)]
     node = context.chance.choice(at_work or list(nodes))
     end = time.monotonic() + context.chance.uniform(5, 10)
     slowed = False
     while time.monotonic() < end:
-        stopped = workers_of(context.machines.raylet(node))
+        stopped = context.machines.workers(node)
         if stopped and not slowed:
             context.struck()
         slowed |= bool(stopped)
@@ -139,7 +138,7 @@ def slow_node(context: Context) -> str | None:
 
 def cut_network(context: Context) -> str:
     """Pull the cable of a node that is not the head, for less or for more time than it takes to be given up."""
-    node = context.chance.randrange(1, len(nodes_of(context)))
+    node = context.chance.randrange(1, context.machines.num_nodes)
     seconds = context.chance.choice([context.chance.uniform(1, 4), context.chance.uniform(15, 25)])
     context.machines.cut(node)
     context.struck()
@@ -163,12 +162,6 @@ FAULTS: dict[str, Callable[[Context], str | None]] = {
 }
 
 
-def nodes_of(context: Context) -> list[Any]:
-    """All nodes, the head first."""
-    machines = context.machines
-    return list(machines.spaces if isinstance(machines, Namespaces) else machines.nodes)
-
-
 def wait_up_to(seconds: float, condition: Callable[[], bool]) -> bool:
     """Whether `condition` held in time."""
     end = time.monotonic() + seconds
@@ -181,23 +174,24 @@ def wait_up_to(seconds: float, condition: Callable[[], bool]) -> bool:
 
 @contextmanager
 def cluster(plan: Plan) -> Iterator[Machines]:
-    """The nodes that the fault needs."""
+    """The nodes that the faults need."""
+    faults = {fault for fault, _ in plan.strikes}
     with ExitStack() as stack:
-        if plan.fault == "network":
+        if "network" in faults:
             machines: Any = Namespaces(plan.nodes, f"emb{os.getpid() % 100000}")
         else:
-            address = stack.enter_context(redis()) if plan.fault == "gcs" else None
+            address = stack.enter_context(redis()) if "gcs" in faults else None
             machines = SideBySide(plan.nodes, address)
         stack.callback(machines.stop)
         yield machines
 
 
 def main() -> None:
-    """Run one trial."""
+    """Do one run."""
     plan = Plan(**json.loads(Path(sys.argv[1]).read_text()))
     with cluster(plan) as machines:
-        result = serve_trial(plan, machines) if plan.job == "serve" else job_trial(plan, machines)
-    shown = {"trial": plan.number, "job": plan.job, "fault": plan.fault, "nodes": plan.nodes, "moment": plan.moment}
+        result = disturb_endpoint(plan, machines) if plan.job == "serve" else disturb_job(plan, machines)
+    shown = {"run": plan.number, "job": plan.job, "nodes": plan.nodes}
     print(json.dumps(shown | result), flush=True)
 
 
@@ -211,90 +205,118 @@ def start_driver(job: str, folder: str, machines: Machines, values: dict[str, An
     return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
 
-def job_trial(plan: Plan, machines: Machines) -> dict[str, Any]:
-    """Disturb a job, let it end, and compare what it made with what it makes undisturbed."""
+class Driven:
+    """A job's driver, started again as long as it ends with an error; never while a fault lasts."""
+
+    def __init__(self, start: Callable[[], subprocess.Popen[bytes]]) -> None:
+        self.start = start
+        self.drivers = [start()]
+        self.calm = threading.Event()
+        self.calm.set()
+        self.runner = threading.Thread(target=self.run_to_the_end, daemon=True)
+        self.runner.start()
+
+    def run_to_the_end(self) -> None:
+        """Start it as often as it takes."""
+        while self.drivers[-1].wait() and len(self.drivers) < MAX_RUNS:
+            self.calm.wait()
+            self.drivers.append(self.start())
+
+    @property
+    def over(self) -> bool:
+        """Whether the job is done, or given up."""
+        return not self.runner.is_alive()
+
+    @contextmanager
+    def fault(self) -> Iterator[None]:
+        """While it lasts no driver is started."""
+        self.calm.clear()
+        try:
+            yield
+        finally:
+            self.calm.set()
+
+
+class Effect:
+    """When a fault had its effect, and how long it took from then to the first piece that was not done by then."""
+
+    def __init__(self, progress: Callable[[], int]) -> None:
+        self.progress = progress
+        self.seconds: float | None = None
+
+    def landed(self) -> None:
+        """From now on recovery is measured."""
+        moment, done = time.monotonic(), self.progress()
+        threading.Thread(target=self.watch, args=(moment, done), daemon=True).start()
+
+    def watch(self, moment: float, done: int) -> None:
+        """Wait for the next piece."""
+        while self.progress() <= done:
+            time.sleep(0.05)
+        self.seconds = round(time.monotonic() - moment, 1)
+
+
+def disturb_job(plan: Plan, machines: Machines) -> dict[str, Any]:
+    """Strike a job, let it end, and compare what it made with what it makes undisturbed."""
     work, output = JOBS[plan.job], Path(plan.folder) / "output"
     output.mkdir(exist_ok=True)
     values = work.values(plan.files, output)
     start = time.monotonic()
-    drivers = [start_driver(plan.job, plan.folder, machines, values)]
-    moments: list[tuple[float, int]] = []
-    """When the fault had its effect, and the pieces that were done by then."""
-    context = Context(
-        machines,
-        drivers,
-        output,
-        random.Random(plan.seed),
-        lambda: moments.append((time.monotonic(), work.progress(output))),
-    )
-    while work.progress(output) < plan.moment and drivers[-1].poll() is None:
-        time.sleep(0.05)
-    reached = drivers[-1].poll() is None
-    recovery: list[float] = []
-    watcher = threading.Thread(target=lambda: recovery.append(seconds_to_recover(work, output, moments)), daemon=True)
-    over = threading.Event()
-
-    def run_to_the_end() -> None:
-        while drivers[-1].wait() and len(drivers) < MAX_RUNS:
-            over.wait()
-            drivers.append(start_driver(plan.job, plan.folder, machines, values))
-
-    runner = threading.Thread(target=run_to_the_end, daemon=True)
-    runner.start()
-    struck_what = None
-    if reached:
-        watcher.start()
-        # By this thread: Ray has the kernel end what a thread has started when the thread ends.
-        struck_what = FAULTS[plan.fault](context)
-    over.set()
-    runner.join()
-    if reached:
-        watcher.join(1)
-    failed = drivers[-1].returncode
-    losses = work.losses(Path(plan.undisturbed), output) if not failed else 1
+    driven = Driven(lambda: start_driver(plan.job, plan.folder, machines, values))
+    chance = random.Random(plan.seed)
+    trials: list[dict[str, Any]] = []
+    effects: list[Effect] = []
+    drivers: list[int] = []
+    """Started before each trial."""
+    for fault, moment in plan.strikes:
+        while work.progress(output) < moment and not driven.over:
+            time.sleep(0.05)
+        effects.append(Effect(lambda: work.progress(output)))
+        drivers.append(len(driven.drivers))
+        struck, why = None, "the job had ended"
+        if not driven.over:
+            machines.replace_lost()
+            # By this thread: Ray has the kernel end what a thread has started when the thread ends.
+            with driven.fault():
+                struck = FAULTS[fault](Context(machines, driven.drivers, output, chance, effects[-1].landed))
+            why = "nobody was at work"
+        trials.append({"fault": fault, "moment": moment, "struck": struck or why, "faults": int(struck is not None)})
+    driven.runner.join()
+    drivers.append(len(driven.drivers))
+    for trial, effect, (before, after) in zip(trials, effects, pairwise(drivers), strict=True):
+        trial |= {"recovery_s": effect.seconds, "reruns": after - before}
+    failed = driven.drivers[-1].returncode
     return {
-        "struck": struck_what or ("nobody was at work" if reached else "the job had ended"),
-        "faults": int(struck_what is not None),
-        "runs": len(drivers),
-        "losses": losses,
-        "recovery_s": round(recovery[0], 1) if recovery else None,
+        "trials": trials,
+        "losses": work.losses(Path(plan.undisturbed), output) if not failed else 1,
         "seconds": round(time.monotonic() - start, 1),
         "error": (Path(plan.folder) / "driver.log").read_text()[-2000:] if failed else "",
     }
 
 
-def seconds_to_recover(work: Work, output: Path, moments: list[tuple[float, int]]) -> float:
-    """Seconds from the moment that a fault had its effect to the first piece that was not done by then."""
-    while not moments or work.progress(output) <= moments[0][1]:
-        time.sleep(0.05)
-    return time.monotonic() - moments[0][0]
-
-
-def serve_trial(plan: Plan, machines: Machines) -> dict[str, Any]:
-    """Disturb the endpoint while clients ask, and count the requests that never had their vector."""
+def disturb_endpoint(plan: Plan, machines: Machines) -> dict[str, Any]:
+    """Strike the endpoint while clients ask, and count the requests that never had their vector."""
     start = time.monotonic()
     values = endpoint_values(plan, machines)
     drivers = [start_driver(plan.job, plan.folder, machines, values)]  # it ends when all replicas are there; they stay
     url = f"http://{values['host']}:{values['port']}"
     assert drivers[-1].wait(180) == 0, (Path(plan.folder) / "driver.log").read_text()[-2000:]
+    chance = random.Random(plan.seed)
+    trials = []
+    moments: list[float] = []
+    context = Context(machines, drivers, Path(plan.folder), chance, lambda: moments.append(time.monotonic()))
     with Askers(url, plan.files["model"]) as askers:
-        wait_for(lambda: askers.answered >= 20 * max(1, plan.moment % 8), "answers before the fault", 120)
-        moments: list[float] = []
-        context = Context(
-            machines,
-            drivers,
-            Path(plan.folder),
-            random.Random(plan.seed),
-            lambda: moments.append(time.monotonic()),
-        )
-        told = FAULTS[plan.fault](context)
-        last_failure = askers.settle(moments[0]) if moments else None
+        for fault, moment in plan.strikes:
+            wait_for(lambda least=20 * moment: askers.answered >= least, "answers before the fault", 120)
+            machines.replace_lost()
+            moments.clear()
+            struck = FAULTS[fault](context)
+            recovery_s = round(askers.settle(moments[0]), 1) if moments else None
+            told = {"struck": struck or "nobody was at work", "faults": int(struck is not None), "reruns": 0}
+            trials.append({"fault": fault, "moment": moment, "recovery_s": recovery_s} | told)
     return {
-        "struck": told or "nobody was at work",
-        "faults": int(told is not None),
-        "runs": 1,
+        "trials": trials,
         "losses": askers.lost,
-        "recovery_s": None if last_failure is None else round(last_failure, 1),
         "asked": askers.asked,
         "retried": askers.retried,
         "seconds": round(time.monotonic() - start, 1),
