@@ -24,6 +24,7 @@ from ray.serve.schema import ServeDeploySchema
 from jobs import bitext, compress, corpus, distill, embed, evaluate, index, merge, mine, recipe, train
 from jobs.cli import read_config
 from serve.app import AppConfig
+from serve.auth import hash_key
 from serve.gateway import NAME
 from serve.model import ModelConfig
 from tests.cluster.conftest import CLUSTER, REPOSITORY
@@ -66,6 +67,7 @@ SECRETS = {
     "embedlib-token": {"auth_token"},
     "embedlib-redis": {"password"},
     "embedlib-keys": {"keys.json"},
+    "embedlib-metrics": {"key"},
     "embedlib-storage": {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"},
 }
 OPERATORS = {"PodMonitor", "PrometheusRule", "ServiceMonitor"}
@@ -221,7 +223,9 @@ def test_the_readmes_steps_make_the_secrets(tmp_path: Path) -> None:
     assert {name: secret.keys() for name, secret in made.items()} == SECRETS
     for name, key in (("embedlib-token", "auth_token"), ("embedlib-redis", "password")):
         assert re.fullmatch(rb"[0-9a-f]{64}", made[name][key]), "32 random bytes and nothing behind them"
-    assert json.loads(made["embedlib-keys"]["keys.json"])[0]["name"] == "alice"
+    keys = json.loads(made["embedlib-keys"]["keys.json"])
+    assert [key["name"] for key in keys] == ["alice", "prometheus"]
+    assert keys[1]["sha256"] == hash_key(made["embedlib-metrics"]["key"].decode()), "Prometheus sends another key"
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.name)

@@ -19,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from jobs.metrics import COUNTERS, GAUGES
 from serve.metrics import GatewayMetrics, ModelMetrics
 from tests.cluster.conftest import CLUSTER, REPOSITORY, Started
+from tests.cluster.test_kuberay import SECRETS
 
 MONITORING = CLUSTER / "monitoring"
 # The head writes it: who exports, for Prometheus. In /tmp/ray lies a link to that of the machine's youngest cluster.
@@ -182,6 +183,9 @@ def test_the_operator_gets_the_same_rules_and_the_same_names() -> None:
         if each["targetLabel"] == "job"
     ]
     assert names == ["ray", "embedlib-endpoint"]
+    (endpoint,) = monitors[1]["spec"]["endpoints"]
+    wanted = endpoint["authorization"]["credentials"]
+    assert wanted["key"] in SECRETS[wanted["name"]], "an endpoint with keys tells strangers nothing"
 
 
 def test_scraping_covers_every_port_that_exports() -> None:
