@@ -107,8 +107,8 @@ def select(hits: Hits, queries: Queries, rule: NegativeRule) -> Selection:
     passed = best(hits.masked(~passing), rule.last_rank)
     window = Hits._make(field[:, rule.range_min :] for field in passed)
     if rule.sampling == "random":
-        drawn = np.where(window.rows == NO_ROW, np.inf, _priorities(window, queries, rule.seed))
-        window = window.take(np.argsort(drawn, axis=1, kind="stable")[:, : rule.max_negatives])
+        drawn = in_drawn_order(window, queries, rule.seed)
+        window = Hits._make(field[:, : rule.max_negatives] for field in drawn)
     chosen = best(window, rule.max_negatives)
     return Selection(chosen, {reason: count for reason, count in rejected.items() if count})
 
@@ -131,9 +131,16 @@ def _reasons(hits: Hits, queries: Queries, rule: NegativeRule) -> list[tuple[str
     if rule.min_score is not None:
         reasons.append(("min_score", hits.scores < rule.min_score))
     if rule.language != "any":
-        same = hits.langs == queries.langs[:, None]
-        reasons.append(("language", same if rule.language == "other" else ~same))
+        reasons.append(("language", wrong_language(hits, queries, rule)))
     return reasons
+
+
+def wrong_language(hits: Hits, queries: Queries, rule: NegativeRule) -> npt.NDArray[np.bool_]:
+    """Which candidates (queries, k) are in a language that the rule does not want."""
+    same: npt.NDArray[np.bool_] = hits.langs == queries.langs[:, None]
+    if rule.language == "any":
+        return np.zeros_like(same)
+    return same if rule.language == "other" else ~same
 
 
 def _among(found: npt.NDArray[np.uint64], known: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
@@ -144,6 +151,12 @@ def _among(found: npt.NDArray[np.uint64], known: npt.NDArray[np.uint64]) -> npt.
         there |= found == column[:, None]
     there &= found != 0
     return there
+
+
+def in_drawn_order(hits: Hits, queries: Queries, seed: int) -> Hits:
+    """The hits of each query as chance has them, those that are none at the end."""
+    drawn = np.where(hits.rows == NO_ROW, np.inf, _priorities(hits, queries, seed))
+    return hits.take(np.argsort(drawn, axis=1, kind="stable"))
 
 
 def _priorities(hits: Hits, queries: Queries, seed: int) -> npt.NDArray[np.float64]:

@@ -143,6 +143,7 @@ def mine(config: MineConfig) -> MineResult:
     plan = prepare(config, model, pairs, Path(output.path), judge)
     report = RunReport("mine", mark, output, config.model_dump(mode="json"))
     shards = start_shards(plan.shards, report)
+    require_enough(config.rule, sum(ray.get([shard.num_rows.remote() for shard in shards])))
     searched, measured = gated(plan.shards, shards, sample_queries(plan, config.search.recall_queries))
     plan = plan._replace(shards=searched)
     mine_blocks(plan, shards, missing_parts(output, plan.num_blocks), report, measured.get("recall_at_10"))
@@ -163,6 +164,13 @@ def mine(config: MineConfig) -> MineResult:
     (output / MANIFEST_NAME).write(manifest.model_dump_json(indent=2).encode())
     report.finish()
     return MineResult(Path(output.path), manifest)
+
+
+def require_enough(rule: NegativeRule, num_passages: int) -> None:
+    """ConfigError where a corpus of so many distinct passages cannot have what the rule wants."""
+    last_rank = rule.range_min + rule.max_negatives
+    if last_rank >= num_passages:
+        raise ConfigError(f"rule: negatives up to rank {last_rank} of {num_passages} distinct passages; expected fewer")
 
 
 def write_index_rows(shards: Sequence[Path], path: Path) -> None:
@@ -275,11 +283,6 @@ def prepare(config: MineConfig, model: Path, pairs: Pairs, output: Path, judge: 
     )
     write_positives(home, files["positives"], opinions.get("positives"), shards.columns)
     np.save(home / "links.npy", pairs.links)
-    last_rank = config.rule.range_min + config.rule.max_negatives
-    if last_rank >= shards.num_rows:
-        raise ConfigError(
-            f"rule: negatives up to rank {last_rank} of a corpus of {shards.num_rows} passages; expected fewer"
-        )
     return MinePlan(
         output=str(output),
         rule=config.rule.model_dump(),

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from embedlib.negatives import NegativeRule, Queries, Selection, mix, select
+from embedlib.negatives import NegativeRule, Queries, Selection, in_drawn_order, mix, select, wrong_language
 from embedlib.schemas import negatives_schema, vectors_of
 from embedlib.shard import Shard, inner_products, text_keys
 from embedlib.storage import Store
@@ -28,6 +28,7 @@ STATISTICS = b"embedlib.mined"
 # Of all queries that are searched for together: some 150 MB of what is known of them.
 MOST_CANDIDATES = 1 << 22
 DRAWN_A_NEGATIVE = 4
+MOST_DRAWS = 32
 
 
 class MinePlan(NamedTuple):
@@ -110,6 +111,8 @@ class Miner:
         for run in runs(depths[order]):
             some = order[run]
             hits = search_shards(self.shards, vectors[some], int(depths[some].max()), self.trained, nprobe)
+            # The judge sees what a query asks for itself, however deep the others of its block do.
+            hits = hits.masked(np.arange(hits.rows.shape[1]) >= depths[some][:, None])
             hits = judged(self.judge, asked.take(some), hits) if self.judge else hits
             selected = select(hits, Queries._make(field[some] for field in queries), self.rule)
             found.append(padded(selected.hits, self.rule.max_negatives))
@@ -145,29 +148,40 @@ class Miner:
     def filled(
         self, chosen: Hits, queries: Queries, vectors: npt.NDArray[np.float32], asked: Block
     ) -> tuple[Hits, npt.NDArray[np.bool_]]:
-        """`chosen` with random passages where a query is short, and which they are."""
-        wanted = self.rule.max_negatives
-        short = np.flatnonzero((chosen.rows == NO_ROW).any(axis=1))
-        drawn = np.zeros((len(vectors), wanted), np.bool_)
-        if not len(short):
-            return chosen, drawn
-        some = Queries._make(field[short] for field in queries)
-        numbers = np.arange(DRAWN_A_NEGATIVE * wanted, dtype=np.uint64) ^ mix(np.array([self.rule.seed], np.uint64))
-        rows = (mix(some.keys[:, None] ^ mix(numbers)) % np.uint64(self.plan.shards.num_rows)).astype(np.int64)
-        sent = ray.put(vectors[short])
-        hits = merge(ray.get([shard.at.remote(sent, rows) for shard in self.shards]), rows.shape[1])
-        if self.judge:
-            hits = judged(self.judge, asked.take(short), hits)
-        taken = (hits.keys[:, :, None] == chosen.keys[short][:, None, :]).any(axis=2)
-        rule = self.rule.model_copy(update={"range_min": 0, "range_max": None, "sampling": "random"})
-        fill = select(hits.masked(taken), some, rule).hits
-        for query, row in enumerate(short):
-            places = np.flatnonzero(chosen.rows[row] == NO_ROW)
-            new = np.flatnonzero(fill.rows[query] != NO_ROW)[: len(places)]
-            for name in Hits._fields:
-                getattr(chosen, name)[row, places[: len(new)]] = getattr(fill, name)[query, new]
-            drawn[row, places[: len(new)]] = True
+        """`chosen` with random passages where a query is short, and which they are.
+
+        Few of those that are drawn may pass, so they are drawn several times; who is still short then stays so.
+        """
+        drawn = np.zeros(chosen.rows.shape, np.bool_)
+        for number in range(MOST_DRAWS):
+            short = np.flatnonzero((chosen.rows == NO_ROW).any(axis=1))
+            if not len(short):
+                break
+            some = Queries._make(field[short] for field in queries)
+            hits = self.draw(number, some, vectors[short])
+            taken = (hits.keys[:, :, None] == chosen.keys[short][:, None, :]).any(axis=2)
+            hits = hits.masked(taken | wrong_language(hits, some, self.rule))
+            if self.judge:
+                hits = judged(self.judge, asked.take(short), hits)
+            everything = {"range_min": 0, "range_max": max(hits.rows.shape[1], self.rule.max_negatives)}
+            rule = self.rule.model_copy(update=everything | {"sampling": "random"})
+            fill = in_drawn_order(select(hits, some, rule).hits, some, rule.seed)
+            for query, row in enumerate(short):
+                places = np.flatnonzero(chosen.rows[row] == NO_ROW)
+                new = np.flatnonzero(fill.rows[query] != NO_ROW)[: len(places)]
+                for name in Hits._fields:
+                    getattr(chosen, name)[row, places[: len(new)]] = getattr(fill, name)[query, new]
+                drawn[row, places[: len(new)]] = True
         return chosen, drawn
+
+    def draw(self, number: int, queries: Queries, vectors: npt.NDArray[np.float32]) -> Hits:
+        """Passages drawn by the rule's seed, the same for a query whatever block it is in; other ones by `number`."""
+        many = DRAWN_A_NEGATIVE * self.rule.max_negatives
+        numbers = np.arange(many * number, many * (number + 1), dtype=np.uint64)
+        seeded = numbers ^ mix(np.array([self.rule.seed], np.uint64))
+        rows = (mix(queries.keys[:, None] ^ mix(seeded)) % np.uint64(self.plan.shards.num_rows)).astype(np.int64)
+        sent = ray.put(vectors)
+        return merge(ray.get([shard.at.remote(sent, rows) for shard in self.shards]), many)
 
     def write(
         self,

@@ -225,6 +225,22 @@ def test_a_second_model_judges_what_the_first_finds(
     assert any(any(row["is_random"]) for row in rows_of(output))
 
 
+def test_what_a_judge_is_asked_does_not_depend_on_other_queries(
+    tiny_encoder: Path, tiny_xlmr: Path, tiny_corpus: Path, pairs: Path, tmp_path: Path
+) -> None:
+    """One query has very many positives, so that its block is searched far deeper than the others ask for."""
+    rows = pq.read_table(pairs).slice(0, 24).to_pylist()
+    rows += [rows[0] | {"positive": row["positive"]} for row in rows[1:20]]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "uneven.parquet")
+    found = []
+    for size in (1, 24):
+        output = tmp_path / f"blocks-of-{size}"
+        changes: dict[str, Any] = {"judge": str(tiny_xlmr), "queries_per_block": size, "rule": {"max_negatives": 1}}
+        mine(config_for(output, tiny_encoder, tmp_path / "uneven.parquet", tiny_corpus, **changes))
+        found.append({row["query"]: row["negatives"] for row in rows_of(output)})
+    assert found[0] == found[1]
+
+
 def test_a_cross_encoder_judges_each_pair_once(
     whole: Path, tiny_encoder: Path, tiny_cross_encoder: Path, tiny_corpus: Path, pairs: Path, tmp_path: Path
 ) -> None:
@@ -273,6 +289,13 @@ def test_a_language_of_negatives_is_seen_from_the_query(
     mine(config_for(output, tiny_encoder, tmp_path / "asked.parquet", tiny_corpus, rule=rule, columns=columns))
     lang_of = {row["text"]: row["lang"] for row in pq.read_table(tiny_corpus).to_pylist()}
     assert {lang_of[text] for row in rows_of(output) for text in row["negatives"]} == {"en"}
+    # A quarter of the passages are English: who is short is filled all the same.
+    filled = with_vectors_of(output, tmp_path / "filled")
+    rule |= {"max_negatives": 15, "range_max": 15, "short": "random"}
+    mine(config_for(filled, tiny_encoder, tmp_path / "asked.parquet", tiny_corpus, rule=rule, columns=columns))
+    assert {len(row["negatives"]) for row in rows_of(filled)} == {15}
+    assert {lang_of[text] for row in rows_of(filled) for text in row["negatives"]} == {"en"}
+    assert any(any(row["is_random"]) for row in rows_of(filled))
 
 
 def test_queries_with_many_positives_are_searched_for_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,7 +332,7 @@ def test_what_cannot_be_is_refused(
         config_for(tmp_path, tiny_encoder, pairs, pairs, **given)
     with pytest.raises(ValueError, match=r"columns.lang: none; rule.language 'other' needs"):
         config_for(tmp_path, tiny_encoder, pairs, None, rule={"language": "other"})
-    refused(ConfigError, "negatives up to rank 500 of a corpus of 48 passages", rule={"max_negatives": 500})
+    refused(ConfigError, "negatives up to rank 500 of 48 distinct passages", rule={"max_negatives": 500})
     with pytest.raises(ArtifactError, match="holds negatives"):
         mine(config_for(whole, tiny_encoder, pairs, None, rule=RULE | {"seed": 1}))
 
