@@ -1,7 +1,7 @@
 """One FAISS index: train, add, search, save; several merged into one. What is written, `faiss.read_index` reads."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,12 +158,13 @@ def merge_indexes(trained: Path, shards: Sequence[Path], path: Path, base: Path 
 
 
 def _sample(parts: Rows, num_rows: int) -> npt.NDArray[np.float32]:
-    return np.concatenate(list(_until(parts, num_rows)))
-
-
-def _until(parts: Rows, num_rows: int) -> Iterator[npt.NDArray[np.float32]]:
+    """An even share of all vectors, at most `num_rows`: the first of them may be of one file, or of one language."""
+    kept: list[npt.NDArray[np.float32]] = []
+    step, seen = 1, 0
     for _, vectors in parts:
-        yield np.ascontiguousarray(vectors[:num_rows], np.float32)
-        num_rows -= len(vectors)
-        if num_rows <= 0:
-            return
+        kept.append(np.ascontiguousarray(vectors[-seen % step :: step], np.float32))
+        seen += len(vectors)
+        while sum(map(len, kept)) >= 2 * num_rows:
+            kept, step = [np.concatenate(kept)[::2].copy()], 2 * step
+    every = np.concatenate(kept)
+    return every[np.linspace(0, len(every) - 1, min(num_rows, len(every))).round().astype(np.int64)]

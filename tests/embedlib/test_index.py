@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pytest
 
 from embedlib.errors import ConfigError, DataError
-from embedlib.index import build_index, write_index
+from embedlib.index import _sample, build_index, write_index
 
 VECTORS = np.random.default_rng(0).normal(size=(600, 16)).astype(np.float16)
 IDS = np.arange(600) * 10 + 7
@@ -30,6 +30,19 @@ def test_an_index_finds_the_ids_by_inner_product(factory: str, tmp_path: Path) -
     best = IDS[(queries @ VECTORS.astype(np.float32).T).argmax(axis=1)]
     assert (found[:, 0] == best).mean() >= 0.9
     assert [path.name for path in tmp_path.iterdir()] == ["index.faiss"]
+
+
+@pytest.mark.parametrize("most", [1, 7, 100, 599, 600, 5000])
+def test_an_index_learns_from_an_even_share_of_all_parts(most: int) -> None:
+    numbered = [(IDS[first : first + 90], np.arange(600)[first : first + 90, None]) for first in range(0, 600, 90)]
+    chosen = _sample(iter(numbered), most)[:, 0]
+    assert len(chosen) == min(most, 600)
+    assert len(set(chosen)) == len(chosen)
+    if most > 1:
+        gaps = np.diff(np.sort(chosen))
+        assert gaps.max() <= 2 * 600 / most + 1
+        assert chosen.min() < 600 / most
+        assert chosen.max() > 600 - 2 * 600 / most - 1
 
 
 def test_what_cannot_be_is_refused() -> None:
