@@ -17,7 +17,7 @@ from glob import glob
 from graphlib import CycleError, TopologicalSorter
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError
 from rich.console import Console
@@ -32,6 +32,8 @@ from jobs.runtime import artifacts_directory, connect, format_seconds
 
 JobName = Literal["corpus", "compress", "distill", "embed", "bitext", "mine", "train", "merge", "evaluate"]
 REFERENCE = re.compile(r"\{(\w+)\}")
+Name = Annotated[str, Field(pattern=r"^\w+$")]
+"""What `{name}` in a value can say."""
 STATE = "recipe.json"
 FILES = (".parquet", ".jsonl", ".csv", ".txt")
 
@@ -87,10 +89,10 @@ class RecipeConfig(Config):
 
     output: Path
     """Directory of all stages; a relative one lies below $EMBEDLIB_ARTIFACTS, else below ./artifacts."""
-    paths: dict[str, str] = Field(default_factory=dict)
+    paths: dict[Name, str] = Field(default_factory=dict)
     """Files and models by the name under which stages refer to them, relative ones to where the command is typed;
     `{name}` in one is another of them."""
-    stages: dict[str, StageConfig] = Field(min_length=1)
+    stages: dict[Name, StageConfig] = Field(min_length=1)
     """What is done."""
     only: list[str] | None = None
     """Run these stages alone; those before them must be finished."""
@@ -132,6 +134,10 @@ def resolve(config: RecipeConfig) -> list[Stage]:
         used: list[str] = []
         key = f"stages.{name}.values"
         values = replaced(stage.values, known, key, used)
+        if "output" in values:
+            raise ConfigError(
+                f"{key}.output: {values['output']!r}; expected none, a stage lies below the recipe's output"
+            )
         try:
             checked = job.config.model_validate({"output": str(output)} | values)
         except ValidationError as error:

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pydantic import ValidationError
 from sentence_transformers import SentenceTransformer
 
 from embedlib.config import Config
@@ -44,11 +45,17 @@ def test_a_stage_takes_what_an_earlier_one_makes(monkeypatch: pytest.MonkeyPatch
         ({"a": {"job": "merge", "values": {"models": ["x"]}}}, "stages.a.values: models"),
         ({"a": {"job": "merge", "values": {"models": ["x", "y"], "wait": 1}}}, "stages.a.values: wait"),
         ({"base": TRAIN}, "the name is taken"),
+        ({"a": TRAIN | {"values": TRAIN["values"] | {"output": "elsewhere"}}}, "stages.a.values.output: 'elsewhere'"),
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_does(stages: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         resolve(recipe(stages))
+
+
+def test_a_name_that_no_value_can_say_is_refused() -> None:
+    with pytest.raises(ValidationError, match="my-stage"):
+        recipe({"my-stage": TRAIN})
 
 
 def test_only_stages_that_there_are() -> None:
