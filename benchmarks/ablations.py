@@ -10,6 +10,7 @@ merges also on FLORES. A seed decides the order of the samples, which negatives 
 import json
 import tempfile
 from argparse import ArgumentParser, Namespace
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -72,7 +73,7 @@ class Setting(NamedTuple):
     guide: str
     questions: Questions
     mined: pa.Table
-    """The trained questions with negatives that `model` took for answers."""
+    """The trained questions with negatives that `model` took for answers, for the table of negatives."""
 
 
 Score = dict[str, float]
@@ -263,13 +264,18 @@ TABLES: dict[str, Callable[[Setting, int], Models]] = {
 }
 
 
-def scores_of(models: Models, root: Path, tasks: Mapping[str, Any], work: Path) -> dict[str, Score]:
-    """Mean score over its languages, x 100, by model and task."""
-    config = EvaluateConfig.model_validate({"output": work, "models": models, "root": str(root), "tasks": tasks})
-    found: dict[str, dict[str, list[float]]] = {name: {task: [] for task in tasks} for name in models}
-    for score in every_score(config):
-        found[score.model][score.task].append(score.value)
-    return {name: {task: float(np.mean(values)) for task, values in of.items()} for name, of in found.items()}
+def scores_of(
+    models: Models, root: Path, tasks: Mapping[str, Any], work: Path, known: dict[tuple[str, str], float]
+) -> dict[str, Score]:
+    """Mean score over its languages, x 100, by model and task; `known`, by directory and task, is not scored again."""
+    new = {name: path for name, path in models.items() if not {(path, task) for task in tasks} <= known.keys()}
+    if new:
+        config = EvaluateConfig.model_validate({"output": work, "models": new, "root": str(root), "tasks": tasks})
+        found: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
+        for score in every_score(config):
+            found[new[score.model], score.task].append(score.value)
+        known |= {of: float(np.mean(values)) for of, values in found.items()}
+    return {name: {task: known[path, task] for task in tasks} for name, path in models.items()}
 
 
 def table_of(title: str, runs: Sequence[dict[str, Score]], tasks: Sequence[str]) -> Table:
@@ -293,8 +299,8 @@ def main() -> None:
     console = Console(width=110)
     with tempfile.TemporaryDirectory(prefix="embedlib-bench-") as folder:
         work = Path(folder)
-        questions = read_questions(options.questions, 60 if options.quick else 750)
-        write_pairs(options.pairs, work, 60 if options.quick else 1000)
+        questions = read_questions(options.questions, 60 if options.quick else 500)
+        write_pairs(options.pairs, work, 60 if options.quick else 500)
         limit = 20 if options.quick else 200
         tasks = {
             "Questions": write_set(work / "set", questions),
@@ -305,13 +311,15 @@ def main() -> None:
         with_bitext = tasks | {"FLORES": bitext | {"languages": list(FLORES), "limit": limit}}
         connect()
         setting = Setting(work, options.model, options.guide, questions, pa.table({}))
-        setting = setting._replace(mined=with_mined(setting, questions.trained))
+        if "negatives" in options.only:
+            setting = setting._replace(mined=with_mined(setting, questions.trained))
         runs: dict[str, list[dict[str, Score]]] = {}
+        known: dict[tuple[str, str], float] = {}
         for title in options.only:
             of_table = with_bitext if title == "merge" else tasks
             for seed in range(options.seeds or (1 if options.quick else 3)):
                 models = {"untrained": options.model} | TABLES[title](setting, seed)
-                scored = scores_of(models, options.root.absolute(), of_table, work / f"scores-{title}-{seed}")
+                scored = scores_of(models, options.root.absolute(), of_table, work / f"scores-{title}-{seed}", known)
                 runs.setdefault(title, []).append(scored)
             console.print(table_of(title, runs[title], list(of_table)))
     gains = {name: gain(runs[title], better, worse) for name, (title, better, worse) in GAINS.items() if title in runs}
