@@ -8,6 +8,7 @@ dropout stays on, as its documentation has it, so embedlib's is switched on wher
 embedlib trains by default, has a ratio of its own (`train_vs_st_cached_mnrl_no_dropout`). Then the peak memory is taken
 as the batch grows, over the same pairs whatever its size, and a step's time with the graph of the whole batch kept and
 without (GradCache). Every run has a process of its own, variants take turns, and a rate leaves the first steps out.
+The trainer cuts texts into tokens within its steps, embedlib before them.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 import psutil
+import torch
 from rich.console import Console
 from rich.table import Table
 from sentence_transformers import (
@@ -229,7 +231,7 @@ def rate_of(ends: Sequence[float], settings: Settings) -> float:
 
 
 def peak_of_steps(work: Path, batch_size: int, num_pairs: int) -> int:
-    """The most memory that a process holds while it goes through all pairs in batches of so many.
+    """The most memory that a process, or its GPU, holds while it goes through all pairs in batches of so many.
 
     Each size sees the same pairs, as a training does: a step of few pairs in a new process would not hold what is kept
     for shapes that come in later ones. Texts are cut, so that the longest, whose attention takes the most, is as long
@@ -238,6 +240,10 @@ def peak_of_steps(work: Path, batch_size: int, num_pairs: int) -> int:
     training.WHOLE_GRAPH_TOKENS, training.MAX_LANES = 0, 1
     samples = read_samples(work, num_pairs, MEMORY_TOKENS)
     config = config_for(batch_size, "auto", dropout=False)
+    if default_device().type == "cuda":
+        model = load_encoder(work / STUDENT, default_device(), config)
+        list(contrast(start_contrast(model, samples, config), samples, config))
+        return int(torch.cuda.max_memory_allocated())
     process = psutil.Process()
     with watched_memory(lambda: process.memory_info().rss) as peak:
         model = load_encoder(work / STUDENT, default_device(), config)

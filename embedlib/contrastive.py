@@ -219,6 +219,9 @@ def retrieval_mrr(vectors: torch.Tensor, samples: npt.NDArray[np.int64]) -> floa
         answers = torch.zeros_like(scores, dtype=torch.bool)
         there = (of_query >= some.start) & (of_query < some.stop)
         answers[of_query[there] - some.start, np.searchsorted(documents, samples[there, 1])] = True
+        # A text may be asked and answer another: that it is like itself says nothing.
+        own = torch.from_numpy(distinct[some][:, None] == documents).to(vectors.device)
+        scores = scores.masked_fill(own & ~answers, -torch.inf)
         best = scores.masked_fill(~answers, -torch.inf).max(dim=1, keepdim=True).values
         # What is not below the answer stands before it: a model that gives every text the same vector finds none.
         ranks = 1 + (~(scores < best) & ~answers).sum(dim=1)

@@ -26,6 +26,7 @@ from pydantic import Field
 from embedlib.config import Config
 from embedlib.errors import DataError
 from embedlib.schemas import CORPUS, QUARANTINE, UNKNOWN_LANGUAGE
+from embedlib.storage import UserPath
 
 READ_ROWS = 8192
 EXCERPT_CHARACTERS = 200
@@ -38,7 +39,7 @@ LEAK = "its text, or a translation of it, is in another split"
 class CorpusConfig(Config):
     """Where the texts come from and how they are split."""
 
-    path: str | None = None
+    path: UserPath | None = None
     """Parquet or JSON Lines (file, directory or glob) with `text`, optional `lang` and `group`; none: the demo's."""
     languages: list[str] = Field(default_factory=list)
     """Languages that must have text; none of the others is used. Empty: all there are."""

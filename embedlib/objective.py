@@ -119,7 +119,8 @@ class ObjectiveConfig(Config):
             "base": self.anchor > 0,
             "positive_scores": self.scores.margin_mse > 0 or self.scores.divergence > 0,
             "label": self.cosent.weight > 0,
-            "negatives": self.triplet.weight > 0,
+            # Without them a row's scores are of its positive alone, which teaches nothing.
+            "negatives": self.triplet.weight > 0 or self.scores.margin_mse > 0 or self.scores.divergence > 0,
         }
         return {name for name, is_wanted in wanted.items() if is_wanted}
 

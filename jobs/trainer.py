@@ -18,13 +18,14 @@ import torch
 from pydantic import Field
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2.api.exceptions import WorkerGroupError
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 
 from embedlib.collectives import all_reduce_sum, from_first_process
 from embedlib.config import Config
 from embedlib.distillation import Step
-from embedlib.errors import ConfigError
+from embedlib.errors import ConfigError, EmbedlibError
 from embedlib.storage import Store
 from embedlib.threads import use_cores
 from embedlib.training import TrainState
@@ -124,6 +125,7 @@ def run_worker(trained: Trained, workers: WorkersConfig, log: Path, what: str) -
                 record["padding_waste"] = padding / (tokens + padding)
                 record |= {"grad_norm": step.result.grad_norm, "learning_rate": state.optimizer.param_groups[0]["lr"]}
                 window, start = [], time.perf_counter()
+            pause = time.perf_counter()
             # The best is chosen among checkpoints: where one is waited for, they are what is validated.
             keeps = step.step % workers.checkpoint_every == 0 or last
             if keeps if workers.patience else step.step % workers.validate_every == 0 or last:
@@ -146,6 +148,8 @@ def run_worker(trained: Trained, workers: WorkersConfig, log: Path, what: str) -
                 save_checkpoint(trained.model, state, record, is_writer=rank == 0)
             if last:
                 break
+            # What validation and checkpoints take is no part of the next record's rate.
+            start += time.perf_counter() - pause
     if report:
         report.finish()
 
@@ -240,8 +244,9 @@ def fit(
     if largest < num_workers:
         raise ConfigError(f"workers.max_workers: {largest}; expected at least num_workers, {num_workers}")
     if largest > most_workers:
+        key = "max_workers" if workers.max_workers else "num_workers"
         raise ConfigError(
-            f"workers.num_workers: {largest}; expected at most the batch size and number of samples, {most_workers}"
+            f"workers.{key}: {largest}; expected at most the batch size and number of samples, {most_workers}"
         )
     require_mlflow()
     (Store.at(str(run)) / JOB).write_json(job.model_dump(mode="json"))
@@ -265,7 +270,11 @@ def fit(
             failure_config=FailureConfig(max_failures=workers.max_failures),
         ),
     )
-    result = trainer.fit()
+    try:
+        result = trainer.fit()
+    except WorkerGroupError as error:
+        own = [each for each in error.worker_failures.values() if isinstance(each, EmbedlibError)]
+        raise own[0] if own else error from error
     checkpoint = result.checkpoint
     if workers.patience:
         checkpoint, _ = max(result.best_checkpoints or [], key=lambda kept: kept[1][metric])

@@ -20,6 +20,7 @@ from embedlib.contrastive import (
     batches_after,
     contrast,
     load_encoder,
+    retrieval_mrr,
     scores_by_dataset,
     start_contrast,
     validation_metric,
@@ -355,6 +356,14 @@ def test_mrr_by_hand(tiny_encoder: Path) -> None:
     found = validation_score(model, samples, torch.float32)
     assert mrr(1e-6) - 1e-6 <= found <= mrr(-1e-6) + 1e-6
     assert mrr(-1e-6) - mrr(1e-6) < 0.1 * mrr(0)
+
+
+def test_a_text_that_is_asked_as_well_does_not_find_itself(tiny_encoder: Path) -> None:
+    """What answers one text and is itself asked stands before no answer."""
+    vectors = torch.eye(4)
+    chain = np.array([[0, 1], [1, 2], [2, 3]])
+    vectors[0, 1], vectors[1, 2], vectors[2, 3] = 0.3, 0.5, 0.7
+    assert retrieval_mrr(vectors, chain) == 1
 
 
 def test_labels_are_scored_by_their_order(tiny_encoder: Path) -> None:

