@@ -181,7 +181,9 @@ class Namespaces(Machines):
         """Start Ray on a node."""
         ray = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--num-cpus", str(CPUS)]
         ray += ["--node-ip-address", f"{self.subnet}.{node + 1}", "--object-store-memory", str(150 * 2**20)]
-        ray += ["--head", "--port", "6379", "--dashboard-host", self.host] if node == 0 else ["--address", self.address]
+        # Without a dashboard, whose ten processes take a busy machine longer than Ray waits for them.
+        head = ["--head", "--port", "6379", "--include-dashboard", "false"]
+        ray += head if node == 0 else ["--address", self.address]
         self.processes[node] = subprocess.Popen(
             self.within(node, *ray), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
