@@ -31,6 +31,7 @@ from embedlib.threads import use_cores
 from embedlib.training import TrainState
 from jobs.metrics import RunReport, require_mlflow
 from jobs.runtime import num_gpus, present_gpus, quiet
+from jobs.stuck import stuck_workers_give_way
 
 WEIGHTS, STATE, HISTORY, JOB = "model.safetensors", "state.pt", "history.jsonl", "job.json"
 LOG_EVERY_STEPS = 10
@@ -51,6 +52,8 @@ class WorkersConfig(Config):
     """After so many validations without a better one training ends, and the best model is kept; none: to the end."""
     max_failures: int = Field(default=3, ge=-1)
     """Crashes of a worker that are survived by going on from the last checkpoint; -1: any number."""
+    stuck_after_s: float = Field(default=600.0, gt=0)
+    """Workers that have their places and say nothing for so long are started anew, which counts as a crash."""
 
 
 class Trained(NamedTuple):
@@ -271,7 +274,8 @@ def fit(
         ),
     )
     try:
-        result = trainer.fit()
+        with stuck_workers_give_way(Store.at(str(run)), workers.stuck_after_s):
+            result = trainer.fit()
     except WorkerGroupError as error:
         own = [each for each in error.worker_failures.values() if isinstance(each, EmbedlibError)]
         raise own[0] if own else error from error

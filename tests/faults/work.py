@@ -29,6 +29,10 @@ class Work(NamedTuple):
     """Pieces of the undisturbed result that the disturbed one lacks, has twice, or has otherwise."""
 
 
+# A worker that a dying GCS lost is given up long before a run is.
+PATIENT = {"max_failures": -1, "stuck_after_s": 90}
+
+
 def embed_values(files: dict[str, str], output: Path) -> dict[str, Any]:
     """10,240 texts in 80 parts."""
     values = {"input": files["corpus"], "output": str(output), "model": files["model"], "backend": "torch-float32"}
@@ -70,7 +74,7 @@ def train_values(files: dict[str, str], output: Path) -> dict[str, Any]:
             "objective": {"anchor": 0.1, "guide": {"margin": -0.1}},
             "optimizer": {"learning_rate": 2e-3},
         },
-        "workers": {"validate_every": 50, "checkpoint_every": 20, "max_failures": -1},
+        "workers": {"validate_every": 50, "checkpoint_every": 20} | PATIENT,
     }
 
 
@@ -85,7 +89,7 @@ def distil_values(files: dict[str, str], output: Path) -> dict[str, Any]:
             "vocabulary": {"size": int(files["vocabulary"])},
         },
         "distillation": {"epochs": 4, "batch_size": 128, "optimizer": {"learning_rate": 1e-3}},
-        "workers": {"validate_every": 50, "checkpoint_every": 20, "max_failures": -1},
+        "workers": {"validate_every": 50, "checkpoint_every": 20} | PATIENT,
         "plots": False,
     }
 
