@@ -7,6 +7,8 @@ Stages are trained on short questions of four languages and scored, in nDCG@10, 
 merges also on FLORES. A seed decides the order of the samples, which negatives are drawn and which pairs are wrong.
 """
 
+import jobs  # noqa: F401 isort: skip (sets Ray's authentication mode, which Ray reads when it is imported)
+
 import json
 import tempfile
 from argparse import ArgumentParser, Namespace
