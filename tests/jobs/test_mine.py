@@ -225,6 +225,7 @@ def test_a_second_model_judges_what_the_first_finds(
     assert any(any(row["is_random"]) for row in rows_of(output))
 
 
+@pytest.mark.slow
 def test_what_a_judge_is_asked_does_not_depend_on_other_queries(
     tiny_encoder: Path, tiny_xlmr: Path, tiny_corpus: Path, pairs: Path, tmp_path: Path
 ) -> None:
