@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from threading import Event, Thread
+from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
@@ -36,9 +37,9 @@ def watch(run: Store, stuck_after_s: float, over: Event) -> None:
     since = time.monotonic()
     while not over.wait(LOOK_EVERY_S):
         places: dict[str, PlacementGroup] = {}
-        with suppress(Exception):  # GCS is away, which may be why
-            places = places_of_this_job()
-        word = (run / NOTE).read_json() or {}
+        word: dict[str, Any] = {}
+        with suppress(Exception):  # GCS, or the store, is away
+            places, word = places_of_this_job(), (run / NOTE).read_json() or {}
         found = word, sorted(places)
         if found != known:
             known, since = found, time.monotonic()

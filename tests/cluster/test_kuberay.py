@@ -58,6 +58,7 @@ NO_JOBS = {
     "runtime",
     "shards",
     "status",
+    "stuck",
     "tensorboard_run",
     "trainer",
     "__init__",
