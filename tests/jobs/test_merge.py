@@ -1,6 +1,7 @@
 """What can be merged, and what the merged model may say of itself; none of it needs a cluster."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from tokenizers.models import BPE
 
 from embedlib.errors import ArtifactError, ConfigError
 from embedlib.model_directory import trained_dimensions, write_json, write_trained_dimensions
+from embedlib.storage import user_path
 from jobs.cli import read_config
 from jobs.merge import FOUND, UNIFORM, MergeConfig, merge, warning_of
 
@@ -103,7 +105,7 @@ SEARCH = {"method": "self_positioning", "base": "base"}
         ({"weights": [1.0, 1.0]}, r"weights: \[1.0, 1.0\] add up to 2; expected 1 for linear"),
         ({"weights": [1.0, 0.5], "method": "slerp"}, r"weights: \[1.0, 0.5\] add up to 1.5; expected 1 for slerp"),
         (SEARCH | {"weights": [0.5, 0.5], "probe": PROBE}, r"weights: \[0.5, 0.5\]; expected none"),
-        ({"probe": PROBE}, r"probe.data: \['.*pairs.parquet'\]; expected none for linear"),
+        ({"probe": PROBE}, rf"probe.data: \['{re.escape(user_path('pairs.parquet'))}'\]; expected none for linear"),
         ({"density": 0.2}, "density: 0.2; expected none for linear"),
         (
             SEARCH | {"probe": {"data": [{"path": "sts.parquet", "label": "score"}]}},
