@@ -42,13 +42,17 @@ LANGS = ("en", "de", "es", "ru")
 FLORES = ("deu_Latn", "spa_Latn", "rus_Cyrl")
 MAX_CHARACTERS = 200
 NEGATIVES = 2
+POOL = 6
+"""Passages to mine, and to draw by chance, for each question that is trained on."""
 WRONG = 0.4
 """Share of the pairs that are wrong, where noise is the subject."""
 DIMENSIONS = (256, 128, 64)
 # What is told besides the tables: how much better than the second the first is on the questions kept apart.
 GAINS = {
     "mined_vs_random": ("negatives", "and mined ones", "and random ones"),
+    "guide_mined_vs_random": ("negatives", "and those the guide mined", "and random ones"),
     "guided_vs_plain": ("noise", "wrong pairs, guided", "wrong pairs"),
+    "guided_vs_plain_of_right": ("noise", "right pairs, guided", "right pairs"),
     "self_positioning_vs_equal": ("merge", "Self Positioning", "equal weights"),
     "prefixes_vs_whole_at_64": ("prefixes", "prefixes cut to 64", "whole cut to 64"),
 }
@@ -64,7 +68,9 @@ class Questions(NamedTuple):
     """For the weights of merges."""
     scored: pa.Table
     passages: pa.Table
-    """Further passages, which answer none of them."""
+    """Further passages, which answer none of them, searched as well."""
+    pool: pa.Table
+    """Other such passages, for negatives."""
 
 
 class Setting(NamedTuple):
@@ -74,8 +80,9 @@ class Setting(NamedTuple):
     model: str
     guide: str
     questions: Questions
-    mined: pa.Table
-    """The trained questions with negatives that `model` took for answers, for the table of negatives."""
+    mined: dict[str, pa.Table]
+    """For the table of negatives: the trained questions with what `model` took for answers, and with what `guide`
+    did."""
 
 
 Score = dict[str, float]
@@ -102,7 +109,8 @@ def read_questions(path: Path, per_language: int) -> Questions:
     table = table.filter(pc.and_(short, pc.is_in(table["lang"], pa.array(LANGS, table["lang"].type))))
     frame = table.take(np.random.default_rng(0).permutation(len(table))).to_pandas()
     groups = frame.drop_duplicates("query").drop_duplicates("passage").groupby("lang")
-    edges = np.cumsum([0, per_language, per_language // 4, per_language // 4, per_language])
+    quarter = per_language // 4
+    edges = np.cumsum([0, per_language, quarter, quarter, per_language, POOL * per_language])
     parts = [groups.nth(list(range(first, last))).reset_index(drop=True) for first, last in pairwise(edges.tolist())]
     return Questions(*(pa.Table.from_pandas(part, preserve_index=False) for part in parts))
 
@@ -161,27 +169,26 @@ def trained(
     return str(train(TrainConfig.model_validate(config)))
 
 
-def with_random(rows: pa.Table, passages: pa.Table, seed: int) -> pa.Table:
+def with_random(rows: pa.Table, pool: pa.Table, seed: int) -> pa.Table:
     """The questions with passages of their own language, drawn by chance, as negatives."""
     rng = np.random.default_rng(seed)
-    langs = np.array(passages["lang"].to_pylist())
-    texts = np.array(passages["passage"].to_pylist(), object)
+    langs = np.array(pool["lang"].to_pylist())
+    texts = np.array(pool["passage"].to_pylist(), object)
     drawn = [rng.choice(texts[langs == lang], NEGATIVES, replace=False).tolist() for lang in rows["lang"].to_pylist()]
     return rows.append_column("negatives", pa.array(drawn))
 
 
-def with_mined(setting: Setting, rows: pa.Table) -> pa.Table:
-    """The questions with passages of their own language that the model takes for answers, by NV-Retriever's rule."""
-    home = setting.work / "mining"
-    home.mkdir(exist_ok=True)
+def with_mined(rows: pa.Table, pool: pa.Table, model: str, home: Path) -> pa.Table:
+    """The questions with passages of their own language that `model` takes for answers, by NV-Retriever's rule."""
+    home.mkdir()
     pq.write_table(rows, home / "pairs.parquet")
-    others = setting.questions.passages.select(["passage", "lang"]).rename_columns(["text", "lang"])
+    others = pool.select(["passage", "lang"]).rename_columns(["text", "lang"])
     pq.write_table(others, home / "corpus.parquet")
     config = MineConfig(
         pairs=str(home / "pairs.parquet"),
         corpus=str(home / "corpus.parquet"),
         output=str(home / "negatives"),
-        model=setting.model,
+        model=model,
         columns=PairColumns(positive="passage", lang="lang"),
         rule=NegativeRule(max_negatives=NEGATIVES, language="same", short="random"),
     )
@@ -201,13 +208,14 @@ def with_noise(rows: pa.Table, seed: int) -> pa.Table:
 
 
 def own_negatives(setting: Setting, seed: int) -> Models:
-    """Negatives of a question besides the batch's: none, drawn by chance, mined."""
+    """Negatives of a question besides the batch's: none, drawn by chance, mined by the model itself or by the guide."""
     rows = setting.questions.trained
-    random = with_random(rows, setting.questions.passages, seed)
+    random = with_random(rows, setting.questions.pool, seed)
     return {
         "in-batch negatives": trained(setting, f"in-batch-{seed}", rows, seed),
         "and random ones": trained(setting, f"random-{seed}", random, seed),
-        "and mined ones": trained(setting, f"mined-{seed}", setting.mined, seed),
+        "and mined ones": trained(setting, f"mined-{seed}", setting.mined["model"], seed),
+        "and those the guide mined": trained(setting, f"guide-mined-{seed}", setting.mined["guide"], seed),
     }
 
 
@@ -223,13 +231,17 @@ def prefixes(setting: Setting, seed: int) -> Models:
 
 
 def noise(setting: Setting, seed: int) -> Models:
-    """Pairs a part of which is wrong, without and with a guide."""
-    rows = with_noise(setting.questions.trained, seed)
+    """Pairs all of which are right, or a part of which is wrong, without and with a guide."""
+    right, wrong = setting.questions.trained, with_noise(setting.questions.trained, seed)
+
+    def guided(name: str, rows: pa.Table) -> str:
+        return trained(setting, f"{name}-{seed}", rows, seed, objective={"guide": {}}, guide=setting.guide)
+
     return {
-        "wrong pairs": trained(setting, f"noise-{seed}", rows, seed),
-        "wrong pairs, guided": trained(
-            setting, f"guided-{seed}", rows, seed, objective={"guide": {}}, guide=setting.guide
-        ),
+        "right pairs": trained(setting, f"in-batch-{seed}", right, seed),
+        "right pairs, guided": guided("right-guided", right),
+        "wrong pairs": trained(setting, f"noise-{seed}", wrong, seed),
+        "wrong pairs, guided": guided("noise-guided", wrong),
     }
 
 
@@ -312,9 +324,11 @@ def main() -> None:
         bitext = {"type": "bitext", "path": "sib200_flores/flores_parallel.parquet", "pivot": "eng_Latn"}
         with_bitext = tasks | {"FLORES": bitext | {"languages": list(FLORES), "limit": limit}}
         connect()
-        setting = Setting(work, options.model, options.guide, questions, pa.table({}))
+        setting = Setting(work, options.model, options.guide, questions, {})
         if "negatives" in options.only:
-            setting = setting._replace(mined=with_mined(setting, questions.trained))
+            for name, model in (("model", options.model), ("guide", options.guide)):
+                mined = with_mined(questions.trained, questions.pool, model, work / f"mining-{name}")
+                setting.mined[name] = mined
         runs: dict[str, list[dict[str, Score]]] = {}
         known: dict[tuple[str, str], float] = {}
         for title in options.only:

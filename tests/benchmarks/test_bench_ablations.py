@@ -17,7 +17,7 @@ def questions(tmp_path: Path) -> ablations.Questions:
     rows = [
         {"query": f"{lang} question {number}", "passage": f"{lang} answer {number}", "lang": lang}
         for lang in (*ablations.LANGS, "xx")
-        for number in range(40)
+        for number in range(80)
     ]
     long = {"query": "en question of its own", "passage": "long " * 100, "lang": "en"}
     pq.write_table(pa.Table.from_pylist([*rows, long, rows[0]]), tmp_path / "questions.parquet")
@@ -25,7 +25,7 @@ def questions(tmp_path: Path) -> ablations.Questions:
 
 
 def test_no_question_is_trained_and_scored(questions: ablations.Questions) -> None:
-    assert [len(part) // len(ablations.LANGS) for part in questions] == [8, 2, 2, 8]
+    assert [len(part) // len(ablations.LANGS) for part in questions] == [8, 2, 2, 8, 8 * ablations.POOL]
     texts = [text for part in questions for text in part["query"].to_pylist()]
     assert len(texts) == len(set(texts))
     for part in questions:
@@ -35,8 +35,8 @@ def test_no_question_is_trained_and_scored(questions: ablations.Questions) -> No
 
 
 def test_random_negatives_are_passages_of_the_language_that_answer_nothing(questions: ablations.Questions) -> None:
-    rows = ablations.with_random(questions.trained, questions.passages, 0).to_pylist()
-    langs = dict(zip(questions.passages["passage"].to_pylist(), questions.passages["lang"].to_pylist(), strict=True))
+    rows = ablations.with_random(questions.trained, questions.pool, 0).to_pylist()
+    langs = dict(zip(questions.pool["passage"].to_pylist(), questions.pool["lang"].to_pylist(), strict=True))
     assert all(len(set(row["negatives"])) == ablations.NEGATIVES for row in rows)
     assert all({langs[text] for text in row["negatives"]} == {row["lang"]} for row in rows)
 
@@ -64,7 +64,9 @@ def test_a_gain_compares_rows_that_its_table_has(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(ablations, "merge", lambda config: config.output)
     table = pa.table({"query": ["a", "b"], "passage": ["c", "d"], "lang": ["en", "en"]})
     pq.write_table(table, tmp_path / "pairs.parquet")
-    setting = ablations.Setting(tmp_path, "model", "guide", ablations.Questions(*[table] * 4), table)
+    setting = ablations.Setting(
+        tmp_path, "model", "guide", ablations.Questions(*[table] * 5), {"model": table, "guide": table}
+    )
     names = {title: ablations.TABLES[title](setting, 0) for title in ablations.TABLES}
     for title, better, worse in ablations.GAINS.values():
         assert {better, worse} <= names[title].keys()
