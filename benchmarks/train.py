@@ -6,9 +6,9 @@ Both sides start from the same student, see the same pairs in the same batches a
 the batch, temperature 0.05) in the same arithmetic, sentence-transformers by `CachedMultipleNegativesRankingLoss`. Its
 dropout stays on, as its documentation has it, so embedlib's is switched on where the two are compared; without it, as
 embedlib trains by default, has a ratio of its own (`train_vs_st_cached_mnrl_no_dropout`). Then the peak memory is taken
-as the batch grows, over the same pairs whatever its size, and a step's time with the graph of the whole batch kept and
-without (GradCache). Every run has a process of its own, variants take turns, and a rate leaves the first steps out.
-The trainer cuts texts into tokens within its steps, embedlib before them.
+as the batch grows, and a step's time with the graph of the whole batch kept and without (GradCache). Every run has a
+process of its own, variants take turns, and a rate leaves the first steps out. The trainer cuts texts into tokens
+within its steps, embedlib before them.
 """
 
 import argparse
@@ -47,7 +47,7 @@ from embedlib.encoder import Encoder, default_device
 
 LEARNING_RATE, TEMPERATURE = 2e-5, 0.05
 MEMORY_BATCHES, QUICK_MEMORY_BATCHES = (256, 1024, 4096, 8192), (64, 256)
-MEMORY_TOKENS = 32
+MEMORY_TOKENS, MEMORY_MICRO_BATCH, MEMORY_STEPS = 16, 4096, 2
 STEP_COST_BATCH = 256
 MINI_BATCH = 64
 
@@ -105,7 +105,7 @@ def main() -> None:
     console = Console(width=110)
     with tempfile.TemporaryDirectory(prefix="embedlib-bench-") as folder:
         work = Path(folder)
-        in_fresh_process(prepare, work, options.pairs, max(settings.batch_size * num_steps, *sizes))
+        in_fresh_process(prepare, work, options.pairs, max(settings.batch_size * num_steps, MEMORY_STEPS * sizes[-1]))
         runs = []
         for number in range(settings.num_runs):
             for variant in VARIANTS if number % 2 == 0 else reversed(VARIANTS):
@@ -113,7 +113,7 @@ def main() -> None:
                 console.print(
                     f"run {number + 1}/{settings.num_runs} · {variant.name}: {runs[-1].pairs_per_s:,.1f} pairs/s"
                 )
-        memory = {size: in_fresh_process(peak_of_steps, work, size, sizes[-1]) for size in sizes}
+        memory = {size: in_fresh_process(peak_of_steps, work, size) for size in sizes}
         costs = [in_fresh_process(step_cost, work, min(STEP_COST_BATCH, sizes[-1])) for _ in range(settings.num_runs)]
     rates = {
         variant.name: median(run.pairs_per_s for run in runs if run.variant == variant.name) for variant in VARIANTS
@@ -152,10 +152,12 @@ def prepare(work: Path, source: Path | None, num_pairs: int) -> None:
     np.savez(work / "tokens.npz", tokens=np.concatenate(tokens), lengths=[len(ids) for ids in tokens])
 
 
-def read_samples(work: Path, num_pairs: int, max_tokens: int | None = None) -> ContrastiveSet:
-    """The first pairs as samples, their texts cut at `max_tokens`."""
+def read_samples(work: Path, num_pairs: int, num_tokens: int | None = None) -> ContrastiveSet:
+    """The first pairs as samples, their texts cut or repeated to `num_tokens`."""
     saved = np.load(work / "tokens.npz")
-    texts = [ids[:max_tokens] for ids in np.split(saved["tokens"], np.cumsum(saved["lengths"])[:-1])]
+    texts = np.split(saved["tokens"], np.cumsum(saved["lengths"])[:-1])
+    if num_tokens:
+        texts = [np.resize(ids, num_tokens) for ids in texts]
     offsets = np.cumsum([0, *map(len, texts)])
     rows = np.arange(num_pairs)
     samples = np.stack([rows, (len(offsets) - 1) // 2 + rows], axis=1)
@@ -230,25 +232,22 @@ def rate_of(ends: Sequence[float], settings: Settings) -> float:
     return settings.batch_size * (len(counted) - 1) / (counted[-1] - counted[0])
 
 
-def peak_of_steps(work: Path, batch_size: int, num_pairs: int) -> int:
-    """The most memory that a process, or its GPU, holds while it goes through all pairs in batches of so many.
+def peak_of_steps(work: Path, batch_size: int) -> int:
+    """The most memory that a process, or its GPU, holds in steps of so many pairs, the second of which finds all that
+    the optimiser keeps.
 
-    Each size sees the same pairs, as a training does: a step of few pairs in a new process would not hold what is kept
-    for shapes that come in later ones. Texts are cut, so that the longest, whose attention takes the most, is as long
-    in a small batch as in a large one; and no batch is small enough to keep its graph.
+    All texts are as long, so that every micro-batch is as full and nothing but the size of the batch differs; and none
+    is small enough to keep its graph.
     """
     training.WHOLE_GRAPH_TOKENS, training.MAX_LANES = 0, 1
-    samples = read_samples(work, num_pairs, MEMORY_TOKENS)
-    config = config_for(batch_size, "auto", dropout=False)
-    if default_device().type == "cuda":
-        model = load_encoder(work / STUDENT, default_device(), config)
-        list(contrast(start_contrast(model, samples, config), samples, config))
-        return int(torch.cuda.max_memory_allocated())
-    process = psutil.Process()
+    samples = read_samples(work, MEMORY_STEPS * batch_size, MEMORY_TOKENS)
+    config = config_for(batch_size, "auto", dropout=False).model_copy(update={"micro_batch_tokens": MEMORY_MICRO_BATCH})
+    device, process = default_device(), psutil.Process()
     with watched_memory(lambda: process.memory_info().rss) as peak:
-        model = load_encoder(work / STUDENT, default_device(), config)
-        list(contrast(start_contrast(model, samples, config), samples, config))
-    return peak[0]
+        state = start_contrast(load_encoder(work / STUDENT, device, config), samples, config)
+        for _ in contrast(state, samples, config):
+            pass
+    return int(torch.cuda.max_memory_allocated()) if device.type == "cuda" else peak[0]
 
 
 def step_cost(work: Path, batch_size: int) -> tuple[float, float]:

@@ -1,13 +1,20 @@
-"""Let glibc keep the memory of large tensors: handing it back after every step costs a page fault for each 4 kB."""
+"""What a process keeps between steps: the memory of large tensors, and few of the kernels made for their shapes."""
 
 import ctypes
+import os
 import sys
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
+# oneDNN's own cache, and that of what PyTorch calls it by.
+KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+KEPT_KERNELS = 64
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc's allocator to reuse large blocks instead of unmapping them; does nothing on other C libraries."""
+    """Tell glibc's allocator to reuse large blocks instead of unmapping them; does nothing on other C libraries.
+
+    Handing them back after every step costs a page fault for each 4 kB.
+    """
     if not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -15,3 +22,12 @@ def keep_freed_memory() -> None:
         mallopt(M_ARENA_MAX, 1)  # autograd's thread would otherwise have an arena too small for large tensors
         mallopt(M_MMAP_THRESHOLD, 1 << 30)
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def keep_few_kernels() -> None:
+    """Have oneDNN keep fewer of the kernels it makes for each shape of a product, before the first of them.
+
+    Packed batches hardly ever have a shape twice, and a thousand kernels in either cache are a gigabyte.
+    """
+    for name in KERNEL_CACHES:
+        os.environ.setdefault(name, str(KEPT_KERNELS))

@@ -1,8 +1,9 @@
+import os
 import sys
 
 import pytest
 
-from embedlib.memory import keep_freed_memory
+from embedlib.memory import KEPT_KERNELS, KERNEL_CACHES, keep_few_kernels, keep_freed_memory
 
 
 def test_setting_it_again_and_elsewhere_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -10,3 +11,12 @@ def test_setting_it_again_and_elsewhere_does_no_harm(monkeypatch: pytest.MonkeyP
     keep_freed_memory()
     monkeypatch.setattr(sys, "platform", "darwin")
     keep_freed_memory()
+
+
+def test_few_kernels_are_kept_unless_the_user_says_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = KERNEL_CACHES
+    monkeypatch.setenv(first, "7")
+    monkeypatch.delenv(second, raising=False)
+    keep_few_kernels()
+    assert os.environ[first] == "7"
+    assert os.environ[second] == str(KEPT_KERNELS)
