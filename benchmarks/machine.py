@@ -19,7 +19,7 @@ from embedlib.memory import keep_freed_memory
 T = TypeVar("T")
 
 MATMUL_SIZE, MATMUL_RUNS = 2048, 5
-SAMPLE_SECONDS = 0.2
+SAMPLE_SECONDS, WATCHING_SHARE = 0.2, 0.05
 
 
 def in_fresh_process(function: Callable[..., T], *arguments: Any) -> T:
@@ -30,12 +30,18 @@ def in_fresh_process(function: Callable[..., T], *arguments: Any) -> T:
 
 @contextmanager
 def watched_memory(held: Callable[[], int]) -> Iterator[list[int]]:
-    """The most bytes that `held` told of while it is open, in a list of one."""
+    """The most bytes that `held` told of while it is open, in a list of one.
+
+    Counting the pages of many processes takes a tenth of a second of a core, so it is done as rarely as it is slow.
+    """
     peak, done = [0], threading.Event()
 
     def watch() -> None:
-        while not done.wait(SAMPLE_SECONDS):
+        pause = SAMPLE_SECONDS
+        while not done.wait(pause):
+            start = time.perf_counter()
             peak[0] = max(peak[0], held())
+            pause = max(SAMPLE_SECONDS, (time.perf_counter() - start) / WATCHING_SHARE)
 
     watcher = threading.Thread(target=watch)
     watcher.start()

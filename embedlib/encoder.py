@@ -94,7 +94,7 @@ class Encoder:
     """A sentence-transformers model that encodes many texts with little padding, on one device."""
 
     def __init__(self, tokenizer: Tokenizer, traits: Traits, backend: Backend, device: "torch.device | str") -> None:
-        """`tokenizer` is the encoder's own from here on."""
+        """`tokenizer` may be that of a model which others call as well."""
         self.on_gpu, self.backend, self.tokenizer = device_type(device) == "cuda", backend, tokenizer
         if not self.on_gpu:
             keep_freed_memory()
@@ -102,9 +102,8 @@ class Encoder:
         self.embedding_dim, self.max_seq_length = traits.embedding_dim, traits.max_seq_length
         self.num_parameters, self.normalises = traits.num_parameters, traits.normalises
         self.batch_tokens = CUDA_BATCH_TOKENS if self.on_gpu else CPU_BATCH_TOKENS
-        self.tokenizer.no_padding()
         self.tokenizer.encode_special_tokens = traits.splits_special_tokens
-        self.tokenizer.enable_truncation(self.max_seq_length)
+        self._ready_tokenizer()
 
     @classmethod
     def of(cls, model: "SentenceTransformer", dtype: "torch.dtype | None" = None) -> Self:
@@ -151,9 +150,17 @@ class Encoder:
             raise ConfigError(f"prompt {name!r}: this model has {sorted(self.prompts)}")
         return self.prompts[name]
 
+    def _ready_tokenizer(self) -> None:
+        """Cut at the model's length and do not pad: states of the tokenizer, which the model's own call sets, too."""
+        if self.tokenizer.padding is not None:
+            self.tokenizer.no_padding()
+        if (self.tokenizer.truncation or {}).get("max_length") != self.max_seq_length:
+            self.tokenizer.enable_truncation(self.max_seq_length)
+
     def tokenise(self, texts: Sequence[str], prompt_name: str | None = None) -> list[TokenIds]:
         """Token ids of each text with the prompt before it, cut at the model's length."""
         prefix = self.prompt(prompt_name)
+        self._ready_tokenizer()
         encodings = self.tokenizer.encode_batch_fast([prefix + text for text in texts])
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 

@@ -41,7 +41,18 @@ def join() -> None:
     # On a machine of few cores a worker of low priority waits for every small task of Ray's own.
     os.environ.setdefault("RAY_worker_niceness", "0")
     cores = max(MIN_LOCAL_CPUS, os.cpu_count() or 1)
-    ray.init("local", num_cpus=cores, include_dashboard=False, logging_level=logging.WARNING)
+    ray.init(
+        "local",
+        num_cpus=cores,
+        include_dashboard=False,
+        logging_level=logging.WARNING,
+        runtime_env={"worker_process_setup_hook": quiet_cleaner},
+    )
+
+
+def quiet_cleaner() -> None:
+    """Have Ray Train's cleaner not tell once a second of a training that a local cluster has no dashboard to ask."""
+    logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)
 
 
 def require_token() -> None:

@@ -55,6 +55,17 @@ def test_prompts_matter_and_the_whole_batch_does_not(encoder: Encoder, mixed: li
     assert np.abs(together - encoder.encode(mixed, "passage")).max() > 0.01
 
 
+def test_the_models_own_calls_leave_the_tokenizer_that_it_shares_as_it_is_wanted(
+    encoder: Encoder, mixed: list[str]
+) -> None:
+    assert encoder.tokenizer is encoder.model.tokenizer.backend_tokenizer
+    before = encoder.tokenise(mixed)
+    encoder.model.max_seq_length = 8
+    encoder.model.encode(mixed)  # pads and cuts
+    for tokens, again in zip(before, encoder.tokenise(mixed), strict=True):
+        np.testing.assert_array_equal(again, tokens)
+
+
 @pytest.mark.parametrize(("window", "batch_tokens"), [(1, 1), (5, 64), (8192, 10**6)])
 def test_windows_and_budgets_keep_order(
     encoder: Encoder, mixed: list[str], monkeypatch: pytest.MonkeyPatch, window: int, batch_tokens: int

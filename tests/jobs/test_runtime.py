@@ -1,12 +1,14 @@
-"""What a job takes a cluster to have."""
+"""What a job takes a cluster to have, and what workers of a local one are to keep to themselves."""
 
+import logging
 from typing import Any
 
 import pytest
 import ray
 from ray._private.state import state
+from ray.train.v2._internal.execution.controller import placement_group_cleaner
 
-from jobs.runtime import num_gpus, present_gpus
+from jobs.runtime import num_gpus, present_gpus, quiet_cleaner
 
 
 @pytest.mark.parametrize(
@@ -31,3 +33,9 @@ def test_gpus_that_an_autoscaler_may_start_are_asked_for(
     monkeypatch.setattr(ray, "cluster_resources", resources)
     monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: allowed)
     assert (present_gpus(), num_gpus()) == (present, all_of_them)
+
+
+def test_the_cleaner_does_not_tell_once_a_second_that_there_is_no_dashboard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement_group_cleaner.logger, "level", logging.NOTSET)
+    quiet_cleaner()
+    assert placement_group_cleaner.logger.level == logging.ERROR
