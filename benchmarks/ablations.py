@@ -111,6 +111,8 @@ def read_questions(path: Path, per_language: int) -> Questions:
     groups = frame.drop_duplicates("query").drop_duplicates("passage").groupby("lang")
     quarter = per_language // 4
     edges = np.cumsum([0, per_language, quarter, quarter, per_language, POOL * per_language])
+    if (fewest := groups.size().min()) < edges[-1]:
+        raise SystemExit(f"{path}: {fewest} short questions in one of {LANGS}; expected {edges[-1]} in each")
     parts = [groups.nth(list(range(first, last))).reset_index(drop=True) for first, last in pairwise(edges.tolist())]
     return Questions(*(pa.Table.from_pandas(part, preserve_index=False) for part in parts))
 

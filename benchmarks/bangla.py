@@ -43,7 +43,7 @@ TRIPLETS = 2500
 QUICK_SHARE = 0.05
 # Queries a language, and languages, where the recipe asks for more than a comparison needs.
 LIMITS: dict[str, dict[str, Any]] = {
-    "BanglaQARetrieval": {"limit": 1000},
+    "BanglaQARetrieval": {"limit": 1500},
     "XQuADRetrieval": {"limit": 150, "languages": ["en", "de", "hi"]},
 }
 CUTS = {"contrasted": (128, 64), "no matryoshka": (128, 64)}

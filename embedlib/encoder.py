@@ -32,6 +32,8 @@ CPU_BATCH_TOKENS = 1536
 CUDA_BATCH_TOKENS = 65536
 # Fewer tokens than that are not worth a thread of their own.
 LEAST_BATCH_TOKENS = 256
+# How the tokenizer tells of truncation that keeps the beginning.
+WHOLE_START = {"stride": 0, "strategy": "longest_first", "direction": "right"}
 
 Vectors = npt.NDArray[np.float32]
 
@@ -94,7 +96,7 @@ class Encoder:
     """A sentence-transformers model that encodes many texts with little padding, on one device."""
 
     def __init__(self, tokenizer: Tokenizer, traits: Traits, backend: Backend, device: "torch.device | str") -> None:
-        """`tokenizer` may be that of a model which others call as well."""
+        """`tokenizer` may be that of a model which others call as well, at other times."""
         self.on_gpu, self.backend, self.tokenizer = device_type(device) == "cuda", backend, tokenizer
         if not self.on_gpu:
             keep_freed_memory()
@@ -139,6 +141,7 @@ class Encoder:
         """The tokenizer that cuts nothing; a large one takes memory, so it is made where long texts are looked at."""
         tokenizer = Tokenizer.from_str(self.tokenizer.to_str())
         tokenizer.no_truncation()
+        tokenizer.no_padding()
         tokenizer.encode_special_tokens = self.tokenizer.encode_special_tokens  # which no string keeps
         return tokenizer
 
@@ -154,7 +157,7 @@ class Encoder:
         """Cut at the model's length and do not pad: states of the tokenizer, which the model's own call sets, too."""
         if self.tokenizer.padding is not None:
             self.tokenizer.no_padding()
-        if (self.tokenizer.truncation or {}).get("max_length") != self.max_seq_length:
+        if self.tokenizer.truncation != WHOLE_START | {"max_length": self.max_seq_length}:
             self.tokenizer.enable_truncation(self.max_seq_length)
 
     def tokenise(self, texts: Sequence[str], prompt_name: str | None = None) -> list[TokenIds]:

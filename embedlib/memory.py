@@ -25,9 +25,10 @@ def keep_freed_memory() -> None:
 
 
 def keep_few_kernels() -> None:
-    """Have oneDNN keep fewer of the kernels it makes for each shape of a product, before the first of them.
+    """Have oneDNN keep fewer of the kernels it makes for each shape of a product, in a process that has made none yet.
 
-    Packed batches hardly ever have a shape twice, and a thousand kernels in either cache are a gigabyte.
+    Packed batches hardly ever have a shape twice, and a thousand kernels in either cache are a gigabyte. Processes that
+    this one starts inherit it.
     """
     for name in KERNEL_CACHES:
         os.environ.setdefault(name, str(KEPT_KERNELS))

@@ -62,6 +62,10 @@ def test_the_models_own_calls_leave_the_tokenizer_that_it_shares_as_it_is_wanted
     before = encoder.tokenise(mixed)
     encoder.model.max_seq_length = 8
     encoder.model.encode(mixed)  # pads and cuts
+    lengths = {len(encoding.ids) for encoding in encoder.whole_texts.encode_batch_fast(mixed)}
+    assert len(lengths) > 8
+    assert max(lengths) > encoder.max_seq_length
+    encoder.model.encode(mixed)
     for tokens, again in zip(before, encoder.tokenise(mixed), strict=True):
         np.testing.assert_array_equal(again, tokens)
 
