@@ -47,7 +47,7 @@ from embedlib.encoder import Encoder, default_device
 
 LEARNING_RATE, TEMPERATURE = 2e-5, 0.05
 MEMORY_BATCHES, QUICK_MEMORY_BATCHES = (256, 1024, 4096, 8192), (64, 256)
-MEMORY_TOKENS, MEMORY_MICRO_BATCH, MEMORY_STEPS = 16, 4096, 2
+MEMORY_TOKENS, MEMORY_STEPS = 16, 2
 STEP_COST_BATCH = 256
 MINI_BATCH = 64
 
@@ -113,7 +113,7 @@ def main() -> None:
                 console.print(
                     f"run {number + 1}/{settings.num_runs} · {variant.name}: {runs[-1].pairs_per_s:,.1f} pairs/s"
                 )
-        memory = {size: in_fresh_process(peak_of_steps, work, size) for size in sizes}
+        memory = {size: in_fresh_process(peak_of_steps, work, size, sizes[0] * MEMORY_TOKENS) for size in sizes}
         costs = [in_fresh_process(step_cost, work, min(STEP_COST_BATCH, sizes[-1])) for _ in range(settings.num_runs)]
     rates = {
         variant.name: median(run.pairs_per_s for run in runs if run.variant == variant.name) for variant in VARIANTS
@@ -232,16 +232,16 @@ def rate_of(ends: Sequence[float], settings: Settings) -> float:
     return settings.batch_size * (len(counted) - 1) / (counted[-1] - counted[0])
 
 
-def peak_of_steps(work: Path, batch_size: int) -> int:
+def peak_of_steps(work: Path, batch_size: int, micro_batch_tokens: int) -> int:
     """The most memory that a process, or its GPU, holds in steps of so many pairs, the second of which finds all that
     the optimiser keeps.
 
-    All texts are as long, so that every micro-batch is as full and nothing but the size of the batch differs; and none
-    is small enough to keep its graph.
+    All texts are as long, so that every micro-batch is as full, two of them in the smallest batch, and nothing but the
+    size of the batch differs; and none is small enough to keep its graph.
     """
     training.WHOLE_GRAPH_TOKENS, training.MAX_LANES = 0, 1
     samples = read_samples(work, MEMORY_STEPS * batch_size, MEMORY_TOKENS)
-    config = config_for(batch_size, "auto", dropout=False).model_copy(update={"micro_batch_tokens": MEMORY_MICRO_BATCH})
+    config = config_for(batch_size, "auto", dropout=False).model_copy(update={"micro_batch_tokens": micro_batch_tokens})
     device, process = default_device(), psutil.Process()
     with watched_memory(lambda: process.memory_info().rss) as peak:
         state = start_contrast(load_encoder(work / STUDENT, device, config), samples, config)
