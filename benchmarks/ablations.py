@@ -12,7 +12,6 @@ import jobs  # noqa: F401 isort: skip (sets Ray's authentication mode, which Ray
 import json
 import tempfile
 from argparse import ArgumentParser, Namespace
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -27,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.command import benchmark_parser, write_result
-from benchmarks.evaluate import every_score
+from benchmarks.evaluate import mean_scores
 from benchmarks.machine import describe_machine
 from embedlib.negatives import NegativeRule
 from embedlib.pairs import PairColumns
@@ -287,10 +286,7 @@ def scores_of(
     new = {name: path for name, path in models.items() if not {(path, task) for task in tasks} <= known.keys()}
     if new:
         config = EvaluateConfig.model_validate({"output": work, "models": new, "root": str(root), "tasks": tasks})
-        found: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
-        for score in every_score(config):
-            found[new[score.model], score.task].append(score.value)
-        known |= {of: float(np.mean(values)) for of, values in found.items()}
+        known |= {(new[model], task): value for (model, task), value in mean_scores(config).items()}
     return {name: {task: known[path, task] for task in tasks} for name, path in models.items()}
 
 
@@ -326,11 +322,12 @@ def main() -> None:
         bitext = {"type": "bitext", "path": "sib200_flores/flores_parallel.parquet", "pivot": "eng_Latn"}
         with_bitext = tasks | {"FLORES": bitext | {"languages": list(FLORES), "limit": limit}}
         connect()
-        setting = Setting(work, options.model, options.guide, questions, {})
-        if "negatives" in options.only:
-            for name, model in (("model", options.model), ("guide", options.guide)):
-                mined = with_mined(questions.trained, questions.pool, model, work / f"mining-{name}")
-                setting.mined[name] = mined
+        miners = {"model": options.model, "guide": options.guide} if "negatives" in options.only else {}
+        mined = {
+            name: with_mined(questions.trained, questions.pool, model, work / f"mining-{name}")
+            for name, model in miners.items()
+        }
+        setting = Setting(work, options.model, options.guide, questions, mined)
         runs: dict[str, list[dict[str, Score]]] = {}
         known: dict[tuple[str, str], float] = {}
         for title in options.only:

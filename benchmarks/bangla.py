@@ -26,12 +26,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.command import benchmark_parser, write_result
-from benchmarks.evaluate import every_score
+from benchmarks.evaluate import mean_scores
 from benchmarks.machine import describe_machine
 from embedlib.pretrained import EMBEDDED_TEACHER, pretrained_directory
 from jobs.cli import read_run
 from jobs.evaluate import EvaluateConfig
-from jobs.recipe import RecipeConfig, resolve, resolved_paths
+from jobs.recipe import RecipeConfig, replaced, resolve, resolved_paths
 from jobs.recipe import main as run_recipe
 from jobs.runtime import connect
 
@@ -134,17 +134,10 @@ def main() -> None:
             if config.stages[stage.name].job != "mine"
         }
         models |= {f"{name} cut to {dim}": f"{models[name]}@{dim}" for name, dims in CUTS.items() for dim in dims}
-        known = resolved_paths(config)
-        tasks = {name: task | {"path": task["path"].format_map(known)} for name, task in tasks.items()}
+        tasks = replaced(tasks, resolved_paths(config), "tasks", [])
         evaluated = {"output": work / "scores", "models": models, "tasks": tasks}
-        scores = every_score(EvaluateConfig.model_validate(evaluated))
-    found: dict[str, dict[str, float]] = {
-        model: {
-            task: float(np.mean([each.value for each in scores if (each.model, each.task) == (model, task)]))
-            for task in tasks
-        }
-        for model in models
-    }
+        scores = mean_scores(EvaluateConfig.model_validate(evaluated))
+    found = {model: {task: scores[model, task] for task in tasks} for model in models}
     table = Table("", *tasks, title="After bangla-embed-e5-small: means over languages, x 100")
     for model, row in found.items():
         table.add_row(model, *(f"{value:.1f}" for value in row.values()))

@@ -11,6 +11,7 @@ import tempfile
 import time
 import warnings
 from argparse import ArgumentParser, Namespace
+from collections import defaultdict
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -106,6 +107,14 @@ def every_score(config: "EvaluateConfig") -> "list[Score]":
             raise RuntimeError(f"{result.model} on {result.task}: {result.reason}")
         found += result
     return found
+
+
+def mean_scores(config: "EvaluateConfig") -> dict[tuple[str, str], float]:
+    """The same, x 100, by model and task: means over a task's subsets."""
+    found: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
+    for score in every_score(config):
+        found[score.model, score.task].append(score.value)
+    return {of: sum(values) / len(values) for of, values in found.items()}
 
 
 def with_embedlib(model: str, tasks: dict[str, dict[str, Any]], root: str, cache: str) -> tuple[float, Scores]:
