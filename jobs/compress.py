@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field
 from rich.console import Console
 from rich.table import Table
@@ -106,7 +107,8 @@ def make_student(config: CompressJob, teacher_directory: Path, corpus: Path) -> 
     mark = fingerprint(**parents, config=values)
     if is_finished(directory, mark):
         return directory
-    teacher = loaded_teacher(teacher_directory)
+    # Its weights become the student's: in a faster arithmetic they would be rounded to it.
+    teacher = Encoder.load(teacher_directory, dtype=torch.float32)
     probe = probe_texts(config, teacher, corpus)
     max_length = config.compression.max_length or teacher.max_seq_length
 

@@ -10,8 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from pydantic import ValidationError
 from rich.console import Console
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
 from transformers import BertConfig, BertModel
@@ -66,6 +68,25 @@ def test_the_student_is_the_one_that_distillation_makes(
     assert hash_files(same) == hash_files(compressed)
     model = SentenceTransformer(str(compressed), device="cpu")
     assert model.encode("the cat", prompt_name="query").shape == (32,)
+
+
+def test_weights_are_not_rounded_where_a_faster_arithmetic_would(
+    tiny_encoder: Path, tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("embedlib.encoder.fast_dtype", lambda device: torch.bfloat16)
+    student = made(CompressJob.model_validate(values_for(tmp_path, tiny_encoder, tiny_corpus)))
+    kept = manifest_of(student).measurements["layers"]
+    weights, teachers = (load_file(directory / "model.safetensors") for directory in (student, tiny_encoder))
+    name = "encoder.layer.{}.output.dense.weight"
+    for number, layer in enumerate(kept):
+        assert torch.equal(weights[name.format(number)], teachers[name.format(layer)])
+    pieces, old_pieces = (
+        Tokenizer.from_file(str(directory / "tokenizer.json")).get_vocab() for directory in (student, tiny_encoder)
+    )
+    rows, old_rows = (each["embeddings.word_embeddings.weight"] for each in (weights, teachers))
+    whole_words = [piece for piece in pieces if piece.startswith("▁") and piece in old_pieces]
+    assert whole_words
+    assert all(torch.equal(rows[pieces[piece]], old_rows[old_pieces[piece]]) for piece in whole_words)
 
 
 def test_the_longest_text_counts_where_candidates_are_distilled(
