@@ -23,9 +23,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks.command import benchmark_parser, write_result
+from benchmarks.command import benchmark_parser, table_of, write_result
 from benchmarks.evaluate import mean_scores
 from benchmarks.machine import describe_machine
 from embedlib.negatives import NegativeRule
@@ -290,16 +289,6 @@ def scores_of(
     return {name: {task: known[path, task] for task in tasks} for name, path in models.items()}
 
 
-def table_of(title: str, runs: Sequence[dict[str, Score]], tasks: Sequence[str]) -> Table:
-    """Means and standard deviations over the seeds."""
-    table = Table("", *tasks, title=f"{title}: {len(runs)} seeds, mean ± standard deviation")
-    for name in runs[0]:
-        values = np.array([[run[name][task] for task in tasks] for run in runs])
-        spread = values.std(axis=0, ddof=1) if len(runs) > 1 else np.zeros(len(tasks))
-        table.add_row(name, *(f"{mean:.2f} ± {by:.2f}" for mean, by in zip(values.mean(axis=0), spread, strict=True)))
-    return table
-
-
 def gain(runs: Sequence[dict[str, Score]], better: str, worse: str) -> float:
     """Points of nDCG@10 on the questions kept apart."""
     return float(np.mean([run[better]["Questions"] - run[worse]["Questions"] for run in runs]))
@@ -336,7 +325,8 @@ def main() -> None:
                 models = {"untrained": options.model} | TABLES[title](setting, seed)
                 scored = scores_of(models, options.root.absolute(), of_table, work / f"scores-{title}-{seed}", known)
                 runs.setdefault(title, []).append(scored)
-            console.print(table_of(title, runs[title], list(of_table)))
+            by_model = {name: [run[name] for run in runs[title]] for name in runs[title][0]}
+            console.print(table_of(f"{title}: {len(runs[title])} seeds", by_model))
     gains = {name: gain(runs[title], better, worse) for name, (title, better, worse) in GAINS.items() if title in runs}
     console.print_json(json.dumps(gains))
     write_result(options.json, {"machine": describe_machine(), "runs": runs, "ratios": gains})

@@ -106,6 +106,8 @@ def with_variants(recipe: Mapping[str, Any]) -> dict[str, Any]:
     stages["no_mined"]["values"]["datasets"][0] = {"path": "{questions}", "positive": "passage"}
     stages["no_matryoshka"]["values"]["training"]["objective"]["dimensions"] = []
     models = stages["merged"]["values"]["models"]
+    stages["merged_ends"] = deepcopy(stages["merged"])
+    stages["merged_ends"]["values"]["models"] = [models[0], models[-1]]
     stages["merged_equal"] = {"job": "merge", "values": {"method": "linear", "models": models}}
     stages["merged_base"] = {"job": "merge", "values": {"method": "linear", "models": ["{model}", models[-1]]}}
     return {**recipe, "stages": stages}

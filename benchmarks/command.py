@@ -2,11 +2,13 @@
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from rich.table import Table
 
 from embedlib.artifact import whole_directory
 from embedlib.demo_corpus import build_demo_corpus
@@ -51,3 +53,14 @@ def write_result(path: Path | None, result: dict[str, Any]) -> None:
     """Write machine, runs and ratios where --json asks for it."""
     if path:
         path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def table_of(title: str, runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Table:
+    """A row for each model: scores by task, means and standard deviations where it has several runs."""
+    tasks = list(next(iter(runs.values()))[0])
+    table = Table("", *tasks, title=f"{title}, mean ± standard deviation")
+    for model, scores in runs.items():
+        values = np.array([[of_run[task] for task in tasks] for of_run in scores])
+        spread = [f" ± {by:.2f}" for by in values.std(axis=0, ddof=1)] if len(scores) > 1 else [""] * len(tasks)
+        table.add_row(model, *(f"{mean:.2f}{by}" for mean, by in zip(values.mean(axis=0), spread, strict=True)))
+    return table

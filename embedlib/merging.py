@@ -97,7 +97,7 @@ class SelfPositioning(torch.optim.Optimizer):
         """λ starts at 1 / number of models: the uniform merge of their task vectors."""
         super().__init__(parameters.values(), {"lr": lr})
         self.parameters, self.base, self.vectors = parameters, base, task_vectors(base, models)
-        self.weights = torch.full((len(models),), 1 / len(models))
+        self.weights = torch.full((len(models),), 1 / len(models), device=next(iter(base.values())).device)
         self.adam = torch.optim.Adam([self.weights], lr=lr)
         self.place()
 

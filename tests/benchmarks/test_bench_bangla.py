@@ -65,6 +65,7 @@ def test_the_variants_are_a_recipe_of_texts_that_are_there(tmp_path: Path) -> No
         "no_anchor",
         "no_mined",
         "no_matryoshka",
+        "merged_ends",
         "merged_equal",
         "merged_base",
     ]

@@ -60,14 +60,15 @@ def test_ties_takes_the_mean_by_the_weights_that_agree(weights: list[float], exp
     torch.testing.assert_close(ties(base, [first, second], weights, density=0.75)["w"], torch.tensor(expected))
 
 
-def test_self_positioning_finds_the_weights_that_made_the_target() -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_self_positioning_finds_the_weights_that_made_the_target(device: str) -> None:
     torch.manual_seed(0)
-    model = nn.Linear(6, 4)
+    model = nn.Linear(6, 4).to(device)
     parameters = dict(model.named_parameters())
     base = {name: weights.detach().clone() for name, weights in parameters.items()}
     models = [{name: weights + torch.randn_like(weights) for name, weights in base.items()} for _ in range(3)]
     target = task_arithmetic(base, models, [0.7, -0.1, 0.4])
-    inputs = torch.randn(64, 6)
+    inputs = torch.randn(64, 6, device=device)
     wanted = inputs @ target["weight"].T + target["bias"]
     optimizer = SelfPositioning(parameters, base, models, lr=0.05)
     torch.testing.assert_close(model.weight.detach(), task_arithmetic(base, models, [1 / 3] * 3)["weight"])
@@ -75,4 +76,4 @@ def test_self_positioning_finds_the_weights_that_made_the_target() -> None:
         (model(inputs) - wanted).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    torch.testing.assert_close(optimizer.weights, torch.tensor([0.7, -0.1, 0.4]), atol=5e-3, rtol=0)
+    torch.testing.assert_close(optimizer.weights.cpu(), torch.tensor([0.7, -0.1, 0.4]), atol=5e-3, rtol=0)
