@@ -48,6 +48,8 @@ from embedlib.encoder import Encoder, default_device
 LEARNING_RATE, TEMPERATURE = 2e-5, 0.05
 MEMORY_BATCHES, QUICK_MEMORY_BATCHES = (256, 1024, 4096, 8192), (64, 256)
 MEMORY_TOKENS, MEMORY_STEPS = 16, 2
+SETTLED_PAIRS = 4096
+"""After so many, a process' memory grows no further, whatever its batch: fewer would flatter small ones."""
 STEP_COST_BATCH = 256
 MINI_BATCH = 64
 
@@ -105,7 +107,8 @@ def main() -> None:
     console = Console(width=110)
     with tempfile.TemporaryDirectory(prefix="embedlib-bench-") as folder:
         work = Path(folder)
-        in_fresh_process(prepare, work, options.pairs, max(settings.batch_size * num_steps, MEMORY_STEPS * sizes[-1]))
+        most = MEMORY_STEPS * sizes[-1]
+        in_fresh_process(prepare, work, options.pairs, max(settings.batch_size * num_steps, most))
         runs = []
         for number in range(settings.num_runs):
             for variant in VARIANTS if number % 2 == 0 else reversed(VARIANTS):
@@ -113,7 +116,10 @@ def main() -> None:
                 console.print(
                     f"run {number + 1}/{settings.num_runs} · {variant.name}: {runs[-1].pairs_per_s:,.1f} pairs/s"
                 )
-        memory = {size: in_fresh_process(peak_of_steps, work, size, sizes[0] * MEMORY_TOKENS) for size in sizes}
+        memory = {}
+        for size in sizes:
+            steps = max(MEMORY_STEPS, min(SETTLED_PAIRS, most) // size)
+            memory[size] = in_fresh_process(peak_of_steps, work, size, steps, sizes[0] * MEMORY_TOKENS)
         costs = [in_fresh_process(step_cost, work, min(STEP_COST_BATCH, sizes[-1])) for _ in range(settings.num_runs)]
     rates = {
         variant.name: median(run.pairs_per_s for run in runs if run.variant == variant.name) for variant in VARIANTS
@@ -232,15 +238,14 @@ def rate_of(ends: Sequence[float], settings: Settings) -> float:
     return settings.batch_size * (len(counted) - 1) / (counted[-1] - counted[0])
 
 
-def peak_of_steps(work: Path, batch_size: int, micro_batch_tokens: int) -> int:
-    """The most memory that a process, or its GPU, holds in steps of so many pairs, the second of which finds all that
-    the optimiser keeps.
+def peak_of_steps(work: Path, batch_size: int, num_steps: int, micro_batch_tokens: int) -> int:
+    """The most memory that a process, or its GPU, holds in steps of so many pairs.
 
     All texts are as long, so that every micro-batch is as full, two of them in the smallest batch, and nothing but the
     size of the batch differs; and none is small enough to keep its graph.
     """
     training.WHOLE_GRAPH_TOKENS, training.MAX_LANES = 0, 1
-    samples = read_samples(work, MEMORY_STEPS * batch_size, MEMORY_TOKENS)
+    samples = read_samples(work, num_steps * batch_size, MEMORY_TOKENS)
     config = config_for(batch_size, "auto", dropout=False).model_copy(update={"micro_batch_tokens": micro_batch_tokens})
     device, process = default_device(), psutil.Process()
     with watched_memory(lambda: process.memory_info().rss) as peak:

@@ -385,6 +385,7 @@ class Backward(NamedTuple):
                     vectors = part.new_empty(sum(map(len, micro_batches)), part.shape[1])
                 vectors[rows] = part
         own_part, gradient = self._by_vectors(vectors)
+        del vectors  # as large as the gradient, which is all that is asked for from here on
         after = self._chance()
         for rows, chance in zip(_exchanging_last(self.model, micro_batches), chances, strict=True):
             self._replay(chance)
