@@ -10,7 +10,7 @@ from jobs.cli import run_job  # isort: skip (takes jobs/ off sys.path before any
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -62,6 +62,8 @@ from jobs.shards import (
 
 SAMPLED_BLOCKS = 16
 PART_ROWS = 32768
+# Share of the negatives asked for, below which a run says that its margin is the reason.
+ENOUGH_FOUND = 0.5
 INDEX_ROWS = "index-rows.parquet"
 
 
@@ -405,6 +407,25 @@ def show(result: MineResult) -> None:
     for reason, count in measured["rejected"].items():
         table.add_row(f"rejected: {reason}", f"{count:,}")
     Console(width=100).print(table)
+    if warning := warning_of(measured, result.manifest.config["rule"]):
+        print(warning)
+
+
+def warning_of(measured: Mapping[str, Any], rule: Mapping[str, Any]) -> str | None:
+    """What to do where a margin left most queries without what they were to have.
+
+    The default is for scores that spread; those of e5's kind lie between 0.7 and 1.
+    """
+    wanted = (measured["queries"] + measured["dropped"]) * rule["max_negatives"]
+    found = measured["negatives"] - measured["random"]
+    margins = [name for name in ("relative_margin", "absolute_margin") if measured["rejected"].get(name)]
+    if not margins or found >= ENOUGH_FOUND * wanted:
+        return None
+    return (
+        f"warning: {found:,} of {wanted:,} negatives were found, since {margins[0]} {rule[margins[0]]} left out "
+        f"{measured['rejected'][margins[0]]:,} candidates; a positive scores {measured['mean_score']['positive']:.3f}. "
+        f"Look further down with --rule.range_max, or set a smaller --rule.{margins[0]}"
+    )
 
 
 def main(config: MineConfig) -> MineResult:

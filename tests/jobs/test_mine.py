@@ -22,7 +22,7 @@ from embedlib.encoder import Encoder
 from embedlib.errors import ArtifactError, ConfigError, DataError
 from embedlib.schemas import vector_column, vectors_of
 from jobs.metrics import NOTE
-from jobs.mine import MineConfig, mine
+from jobs.mine import MineConfig, mine, warning_of
 from jobs.miner import runs
 from jobs.parts import part_name
 from tests.jobs.processes import kill_ray_workers
@@ -210,6 +210,17 @@ def test_what_is_short_is_filled_and_marked(
         assert max(row["negative_scores"], default=0) <= 0.5
     dropped = mine(config_for(short, tiny_encoder, pairs, tiny_corpus, rule=rule | {"short": "drop"})).manifest
     assert dropped.measurements["dropped"] == 24 - dropped.measurements["queries"] > 0
+
+
+def test_a_margin_that_leaves_little_is_named() -> None:
+    rule = {"max_negatives": 4, "relative_margin": 0.05, "absolute_margin": None}
+    measured = {"queries": 90, "dropped": 10, "negatives": 300, "random": 250, "mean_score": {"positive": 0.9}}
+    told = warning_of(measured | {"rejected": {"relative_margin": 3500}}, rule)
+    assert told is not None
+    assert "50 of 400 negatives" in told
+    assert "relative_margin 0.05 left out 3,500" in told
+    assert warning_of(measured | {"random": 100, "rejected": {"relative_margin": 3500}}, rule) is None
+    assert warning_of(measured | {"rejected": {"positive": 100}}, rule) is None
 
 
 def test_a_second_model_judges_what_the_first_finds(
