@@ -20,11 +20,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from benchmarks.command import benchmark_parser, table_of, write_result
+from benchmarks.command import benchmark_parser, short_rows, table_of, write_result
 from benchmarks.evaluate import mean_scores
 from benchmarks.machine import describe_machine
 from embedlib.negatives import NegativeRule
@@ -103,9 +102,7 @@ def parse() -> Namespace:
 def read_questions(path: Path, per_language: int) -> Questions:
     """Short questions of four languages in an order of chance, as many of each."""
     table = pq.read_table(path, columns=["query", "passage", "lang"])
-    short = pc.less_equal(pc.utf8_length(table["passage"]), MAX_CHARACTERS)
-    table = table.filter(pc.and_(short, pc.is_in(table["lang"], pa.array(LANGS, table["lang"].type))))
-    frame = table.take(np.random.default_rng(0).permutation(len(table))).to_pandas()
+    frame = short_rows(table, "passage", MAX_CHARACTERS, LANGS)
     groups = frame.drop_duplicates("query").drop_duplicates("passage").groupby("lang")
     quarter = per_language // 4
     edges = np.cumsum([0, per_language, quarter, quarter, per_language, POOL * per_language])
@@ -118,10 +115,7 @@ def read_questions(path: Path, per_language: int) -> Questions:
 def write_pairs(source: Path, target: Path, per_language: int) -> None:
     """Short translations into three of the languages, to train on; as many, a quarter, for the weights of merges."""
     table = pq.read_table(source, columns=["en", "xx", "lang"])
-    langs = pa.array(LANGS[1:], table["lang"].type)
-    short = pc.less_equal(pc.utf8_length(table["en"]), MAX_CHARACTERS // 2)
-    table = table.filter(pc.and_(short, pc.is_in(table["lang"], langs)))
-    groups = table.take(np.random.default_rng(0).permutation(len(table))).to_pandas().groupby("lang")
+    groups = short_rows(table, "en", MAX_CHARACTERS // 2, LANGS[1:]).groupby("lang")
     for name, rows in (("pairs", range(per_language)), ("probe-pairs", range(per_language, per_language * 5 // 4))):
         part = groups.nth(list(rows)).reset_index(drop=True)
         pq.write_table(pa.Table.from_pandas(part, preserve_index=False), target / f"{name}.parquet")

@@ -4,15 +4,20 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rich.table import Table
 
 from embedlib.artifact import whole_directory
 from embedlib.demo_corpus import build_demo_corpus
 from embedlib.wheels import cache_directory
+
+if TYPE_CHECKING:  # every process that measures something imports this module
+    import pandas as pd
 
 
 def benchmark_parser(description: str, quick: str) -> argparse.ArgumentParser:
@@ -38,6 +43,13 @@ def read_rows(corpus: Path | None, num_rows: int) -> list[dict[str, str]]:
 def read_texts(corpus: Path | None, num_texts: int) -> list[str]:
     """At most `num_texts` distinct lines of real text, the same on every machine."""
     return list(dict.fromkeys(row["text"] for row in read_rows(corpus, 2 * num_texts)))[:num_texts]
+
+
+def short_rows(table: pa.Table, text: str, max_characters: int, langs: Sequence[str]) -> "pd.DataFrame":
+    """The rows whose `lang` is one of these and whose `text` is short, in an order of chance, the same everywhere."""
+    short = pc.less_equal(pc.utf8_length(table[text]), max_characters)
+    table = table.filter(pc.and_(short, pc.is_in(table["lang"], pa.array(langs, table["lang"].type))))
+    return table.take(np.random.default_rng(0).permutation(len(table))).to_pandas()
 
 
 def demo_lines() -> Path:

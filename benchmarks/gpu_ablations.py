@@ -4,9 +4,9 @@
         [--minutes N] [--quick] [--json OUT]
 
 What benchmarks/ablations.py asks in 32 steps of two cores, with the jobs' own steps and rules and without Ray around
-them. questions: Parquet with `query`, `passage`, `lang`; pairs: `en`, `xx`, `lang`; sets below the root: XQuAD and
-FLORES. Scores are nDCG@10 x 100, means over languages: of questions kept apart among their language's passages, of
-XQuAD, and of FLORES's sentences, whose answer is the English one.
+them. questions: Parquet with `query`, `passage`, `lang`, `source`; pairs: `en`, `xx`, `lang`; sets below the root:
+XQuAD and FLORES. Scores are nDCG@10 x 100, means over languages: of questions kept apart among their language's
+passages, of XQuAD, and of FLORES's sentences, whose answer is the English one.
 """
 
 import json
@@ -18,14 +18,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 
-from benchmarks.command import benchmark_parser, table_of, write_result
+from benchmarks.command import benchmark_parser, short_rows, table_of, write_result
 from benchmarks.machine import describe_machine
 from embedlib.batching import TokenIds
 from embedlib.contrastive import ContrastiveConfig, contrast, load_encoder, start_contrast
@@ -123,7 +121,7 @@ def parse() -> Namespace:
     parser: ArgumentParser = benchmark_parser(__doc__ or "", "a fiftieth of the samples, one seed")
     parser.add_argument("--student", type=Path, required=True, help="directory of what every training begins with")
     parser.add_argument("--teacher", type=Path, required=True, help="directory of the guide, which mines as well")
-    parser.add_argument("--questions", type=Path, required=True, help="Parquet with query, passage, lang")
+    parser.add_argument("--questions", type=Path, required=True, help="Parquet with query, passage, lang, source")
     parser.add_argument("--pairs", type=Path, required=True, help="Parquet with en, xx, lang")
     parser.add_argument("--root", type=Path, required=True, help="evaluation sets: xquad_retrieval, sib200_flores")
     parser.add_argument("--seeds", type=int, help="none: 3, or 1 with --quick")
@@ -136,38 +134,31 @@ def parse() -> Namespace:
 def read_texts(path: Path, share: float) -> Texts:
     """Short questions in an order of chance, dealt to what they are for; words and their definitions are none."""
     table = pq.read_table(path, columns=["query", "passage", "lang", "source"])
-    frame = shuffled(table.filter(pc.invert(pc.starts_with(table["source"], DICTIONARIES))), "passage", LANGS)
-    frame = frame.drop_duplicates("query").drop_duplicates("passage")
-    frame = frame[: round(share * len(frame))].reset_index(drop=True)
-    edges = np.cumsum([round(share * number) for number in (SCORED, PROBE, OTHERS, TRAINED)])
-    of_lang = [np.split(np.flatnonzero(frame["lang"] == lang), edges) for lang in LANGS]
-    *parts, rest = (np.concatenate(rows) for rows in zip(*of_lang, strict=True))
+    table = table.filter(pc.invert(pc.starts_with(table["source"], DICTIONARIES)))
+    frame = short_rows(table, "passage", MAX_CHARACTERS, LANGS).drop_duplicates("query").drop_duplicates("passage")
+    frame = frame[: round(share * len(frame))]
     langs = frame["lang"].to_numpy(object)
+    *parts, rest = dealt(langs, LANGS, [round(share * number) for number in (SCORED, PROBE, OTHERS, TRAINED)])
     return Texts(frame["query"].tolist(), frame["passage"].tolist(), langs, *parts, np.concatenate([parts[-1], rest]))
 
 
 def read_translations(path: Path, encoder: Encoder, share: float) -> tuple[ContrastiveSet, ContrastiveSet]:
     """English and its translations, as many of each language, no text twice: to train on, and as a probe."""
     table = pq.read_table(path, columns=["en", "xx", "lang"])
-    frame = shuffled(table, "en", LANGS[1:]).drop_duplicates("en").drop_duplicates("xx")
-    edges = np.cumsum([round(share * number) for number in (TRANSLATIONS, PROBE)])
-    frame = frame.groupby("lang").head(edges[-1]).reset_index(drop=True)
-    trained, probe = (
-        np.concatenate(rows)
-        for rows in zip(
-            *(np.split(np.flatnonzero(frame["lang"] == lang), edges[:1]) for lang in LANGS[1:]), strict=True
-        )
-    )
-    texts = tokens_of(encoder, [("query", frame["en"].tolist()), ("query", frame["xx"].tolist())])
+    frame = short_rows(table, "en", MAX_CHARACTERS, LANGS[1:]).drop_duplicates("en").drop_duplicates("xx")
+    counts = [round(share * number) for number in (TRANSLATIONS, PROBE)]
+    frame = frame.groupby("lang").head(sum(counts))  # the others need no tokens
     langs = frame["lang"].to_numpy(object)
+    trained, probe, _ = dealt(langs, LANGS[1:], counts)
+    texts = tokens_of(encoder, [("query", frame["en"].tolist()), ("query", frame["xx"].tolist())])
     return samples_of(texts, langs, trained), samples_of(texts, langs, probe)
 
 
-def shuffled(table: pa.Table, text: str, langs: Sequence[str]) -> pd.DataFrame:
-    """The rows of these languages whose `text` is short, in an order of chance."""
-    short = pc.less_equal(pc.utf8_length(table[text]), MAX_CHARACTERS)
-    table = table.filter(pc.and_(short, pc.is_in(table["lang"], pa.array(langs, table["lang"].type))))
-    return table.take(np.random.default_rng(0).permutation(len(table))).to_pandas()
+def dealt(langs: npt.NDArray[np.object_], names: Sequence[str], counts: Sequence[int]) -> list[Rows]:
+    """Of each of the named languages the first `counts[0]` rows, then the next `counts[1]`, …, and what is left."""
+    edges = np.cumsum(counts)
+    of_lang = [np.split(np.flatnonzero(langs == name), edges) for name in names]
+    return [np.concatenate(rows) for rows in zip(*of_lang, strict=True)]
 
 
 def tokens_of(encoder: Encoder, sides: Sequence[tuple[str, list[str]]]) -> list[TokenIds]:
@@ -408,7 +399,7 @@ def main() -> None:
     options = parse()
     torch.backends.cuda.matmul.allow_tf32 = True
     end = time.monotonic() + 60 * options.minutes
-    setting = prepared(options)
+    machine, setting = describe_machine(), prepared(options)
     runs: dict[str, list[dict[str, float]]] = {"untrained": [scored(setting, untrained(setting))]}
     for seed in range(options.seeds or (1 if options.quick else 3)):
         made: Models = {}
@@ -418,7 +409,7 @@ def main() -> None:
             made[name] = make(made)
             runs.setdefault(name, []).append(scored(setting, made[name]))
             print(f"seed {seed} · {name}: {runs[name][-1]}", flush=True)
-            write_result(options.json, {"machine": describe_machine(), "runs": runs, "ratios": gains(runs)})
+            write_result(options.json, {"machine": machine, "runs": runs, "ratios": gains(runs)})
     Console(width=110).print(table_of("Over hundreds of steps", runs))
     Console().print_json(json.dumps(gains(runs)))
 
