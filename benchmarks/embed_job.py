@@ -9,6 +9,7 @@ the forward: peak resident memory of all its processes, and seconds by rows.
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -36,7 +37,7 @@ from embedlib.encoder import Encoder
 from embedlib.model_directory import write_body, write_head, write_tokenizer
 from embedlib.pretrained import EMBEDDED_TEACHER, pretrained_directory
 from jobs.embed import EmbedConfig, embed
-from jobs.runtime import connect, cpu_processes
+from jobs.runtime import connect, encoder_processes
 
 LOOP_TEXTS, QUICK_LOOP_TEXTS = 16_000, 1000
 ROWS, QUICK_ROWS = (200_000, 1_000_000, 5_000_000), (20_000, 40_000, 80_000)
@@ -122,7 +123,7 @@ def run_job(corpus: str, output: str, model: str) -> dict[str, float]:
 
 def run_loop(model: str, texts: list[str]) -> float:
     """Texts/s of the encoder in as many processes of as many threads as the job has, with nothing around them."""
-    num_processes = cpu_processes() if not torch.cuda.is_available() else 1
+    num_processes = encoder_processes() if not torch.cuda.is_available() else 1
     with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
         shares = [texts[number::num_processes] for number in range(num_processes)]
         return sum(pool.map(encode_share, [model] * num_processes, shares))
@@ -131,7 +132,7 @@ def run_loop(model: str, texts: list[str]) -> float:
 def encode_share(model: str, texts: list[str]) -> float:
     """Texts/s of one process."""
     if not torch.cuda.is_available():
-        torch.set_num_threads(1)
+        torch.set_num_threads((os.cpu_count() or 1) // encoder_processes())
     encoder = Encoder.load(Path(model))
     encoder.encode(texts[:64])
     start = time.perf_counter()

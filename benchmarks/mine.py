@@ -2,8 +2,9 @@
 
     python benchmarks/mine.py [--quick] [--json OUT] [--pairs FILE] [--model MODEL] [--layers N] [--sizes N …]
 
-Both miners get the same model, pairs and rule, each in a process of its own; what they find is compared negative by
-negative. Then vectors of the largest corpus are searched by plain FAISS and by 1, 2, 4 and 8 shards.
+Both miners get the same model, pairs and rule, each in a process of its own, whose clock begins before it imports
+sentence-transformers; what they find is compared negative by negative. Then vectors of the largest corpus are searched
+by plain FAISS and by 1, 2, 4 and 8 shards.
 """
 
 import argparse
@@ -25,22 +26,17 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.util import mine_hard_negatives
 
 from benchmarks.command import benchmark_parser, demo_lines, write_result
 from benchmarks.machine import describe_machine, in_fresh_process, watched_memory
-from embedlib.compress.layers import keep_layers
 from embedlib.negatives import NegativeRule
 from embedlib.pairs import PairColumns
 from embedlib.pretrained import EMBEDDED_TEACHER, pretrained_directory
 from embedlib.schemas import vectors_of
 from embedlib.storage import Store
 from embedlib.topk import Hits, recall
-from embedlib.torch_model import body_of
 from jobs.metrics import RunReport
 from jobs.mine import MineConfig, mine
 from jobs.runtime import connect
@@ -150,6 +146,12 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 def shallow(model: Path, directory: Path, num_layers: int) -> Path:
     """The model with its first layers alone."""
+    # Not above: the process of our miner would hold what it has no use for.
+    from sentence_transformers import SentenceTransformer
+
+    from embedlib.compress.layers import keep_layers
+    from embedlib.torch_model import body_of
+
     shutil.copytree(model, directory)
     keep_layers(body_of(SentenceTransformer(str(model), device="cpu")), range(num_layers)).save_pretrained(directory)
     return directory
@@ -258,6 +260,11 @@ def mine_peer(model: Path, texts: Texts, use_faiss: bool) -> Mined:
     """sentence-transformers' miner as its documentation has it, with the same rule."""
     with watched_memory(held) as peak:
         start = time.perf_counter()
+        # As the processes that embed for us do, while the clock runs.
+        from datasets import Dataset
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.util import mine_hard_negatives
+
         found = mine_hard_negatives(
             Dataset.from_parquet(str(texts.pairs)),
             SentenceTransformer(str(model), device="cpu"),

@@ -125,8 +125,9 @@ class TextEmbedder:
         """Embed texts with these row numbers."""
         vectors, num_tokens, computed = self.embed_exactly(texts, numbers)
         finite: npt.NDArray[np.bool_] = np.asarray(np.isfinite(vectors).all(axis=1))
+        vectors[~finite] = 0
         return Embedded(
-            quantise(np.where(finite[:, None], vectors, 0), self.config.vectors.dtype, self.ranges),
+            quantise(vectors, self.config.vectors.dtype, self.ranges),
             num_tokens,
             finite,
             computed,
@@ -150,6 +151,8 @@ class TextEmbedder:
             vectors = self._pooled(vectors, chunks_of_text)
         if self.config.vectors.dimensions:
             vectors = truncate(vectors, self.config.vectors.dimensions)
+        if len(unique) == len(keys):
+            return vectors, num_tokens, computed
         rows = [unique[key] for key in keys]
         return vectors[rows], num_tokens[rows], computed
 

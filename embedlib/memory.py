@@ -7,7 +7,7 @@ import sys
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 # oneDNN's own cache, and that of what PyTorch calls it by.
 KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-KEPT_KERNELS = 64
+KEPT_KERNELS_A_THREAD = 8
 
 
 def keep_freed_memory() -> None:
@@ -24,11 +24,11 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
-def keep_few_kernels() -> None:
+def keep_few_kernels(num_threads: int) -> None:
     """Have oneDNN keep fewer of the kernels it makes for each shape of a product, in a process that has made none yet.
 
-    Packed batches hardly ever have a shape twice, and a thousand kernels in either cache are a gigabyte. Processes that
-    this one starts inherit it.
+    Packed batches hardly ever have a shape twice, and a thousand kernels in either cache are a gigabyte; the layers of
+    a model repeat a handful for each of `num_threads`. Processes that this one starts inherit it.
     """
     for name in KERNEL_CACHES:
-        os.environ.setdefault(name, str(KEPT_KERNELS))
+        os.environ.setdefault(name, str(KEPT_KERNELS_A_THREAD * num_threads))

@@ -35,7 +35,7 @@ def quantise(vectors: Vectors, dtype: OutputDtype, ranges: Ranges | None = None)
     would hold up a replica that does without.
     """
     if dtype in ("float32", "float16"):
-        return vectors.astype(dtype)
+        return vectors.astype(dtype, copy=False)
     if dtype in ("binary", "ubinary") and vectors.shape[1] % 8:
         raise ConfigError(f"output_dtype: {dtype} of {vectors.shape[1]} dimensions; expected a multiple of 8")
     if dtype in NEEDS_RANGES and ranges is None:

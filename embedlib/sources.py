@@ -1,15 +1,16 @@
 """Rows of text to embed: found, checked at the door and cut into parts, whatever kind of file they lie in.
 
-Parquet is read where it lies, row group by row group. JSON Lines, CSV and plain text know no rows to start from, so
+Parquet is read where it lies, batch by batch. JSON Lines, CSV and plain text know no rows to start from, so
 they are turned into Parquet once, line by line.
 """
 
 import csv
 import io
 import json
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from glob import glob
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from embedlib.storage import Store
 
 LINES, CSV, TEXT = (".jsonl", ".ndjson", ".json"), (".csv",), (".txt",)
 ENDINGS = (".parquet", *LINES, *CSV, *TEXT)
-CONVERT_ROWS = 8192
+CONVERT_ROWS = READ_ROWS = 8192
 EXCERPT_CHARACTERS = 200
 MAX_CSV_FIELD = 1 << 27
 # Column of a converted file: why a line is no row; its number stays that of the line.
@@ -126,23 +127,34 @@ def plan_parts(files: Sequence[Store], columns: ColumnsConfig, rows_per_part: in
 
 
 def read_part(part: Part, like: Store, columns: ColumnsConfig, max_characters: int) -> Texts:
-    """The rows of a part, on the filesystem of `like`, checked; only the row groups that hold them are read."""
+    """The rows of a part, on the filesystem of `like`, checked."""
     file = Store(like.filesystem, part.file)
     parquet = open_parquet(file, columns)
+    if (found := parquet.metadata.num_rows) < part.start + part.num_rows:
+        raise DataError(f"{file}: {found} rows; expected {part.start + part.num_rows} or more, as when this run began")
     optional = [REASON, *(["id"] if columns.id is None else [])]
     names = [*columns.names, *(name for name in optional if name in parquet.schema_arrow.names)]
-    groups, before, end = [], 0, 0
-    for group in range(parquet.num_row_groups):
-        begin, end = end, end + parquet.metadata.row_group(group).num_rows
-        if end <= part.start:
-            before = end
-        elif begin < part.start + part.num_rows:
-            groups.append(group)
     try:
-        rows = parquet.read_row_groups(groups, columns=list(dict.fromkeys(names)))
+        rows = read_rows(parquet, list(dict.fromkeys(names)), part.start, part.num_rows)
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{file}: rows {part.start} and after cannot be read: {error}") from error
-    return check_texts(rows.slice(part.start - before, part.num_rows), part, columns, max_characters)
+    return check_texts(rows, part, columns, max_characters)
+
+
+def read_rows(parquet: pq.ParquetFile, columns: Sequence[str], start: int, num_rows: int) -> pa.Table:
+    """Some rows from number `start` on. A row group may hold far more: no more than a batch of it is in memory."""
+    ends = list(accumulate(parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)))
+    first, last = bisect_right(ends, start), bisect_left(ends, start + num_rows)
+    row = ends[first - 1] if first else 0
+    kept = []
+    for batch in parquet.iter_batches(READ_ROWS, range(first, last + 1), columns):
+        begin, end = max(start - row, 0), min(start + num_rows - row, len(batch))
+        if begin < end:
+            kept.append(batch.slice(begin, end - begin))
+        row += len(batch)
+        if row >= start + num_rows:
+            break
+    return pa.Table.from_batches(kept)
 
 
 def check_texts(rows: pa.Table, part: Part, columns: ColumnsConfig, max_characters: int) -> Texts:

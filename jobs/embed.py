@@ -50,7 +50,7 @@ from embedlib.threads import use_cores
 from embedlib.wheels import cache_directory
 from jobs.metrics import RunReport
 from jobs.parts import claim, content_mark, missing_parts, part_name, write_parquet
-from jobs.runtime import all_cpu_processes, as_row, connect, cpu_processes, error_of, num_gpus, own_errors, quiet
+from jobs.runtime import as_row, connect, encoder_processes, error_of, num_gpus, own_errors, quiet, working_nodes
 
 INDEX_NAME = "index.faiss"
 CALIBRATION_TEXTS = 4096
@@ -72,7 +72,7 @@ class EmbedConfig(EmbeddingConfig):
     max_characters: int = Field(default=1_000_000, ge=1)
     """Longer texts go to the quarantine."""
     num_actors: int | None = Field(default=None, ge=1)
-    """Encoders at work; none: one a GPU, or where there are none one a core, at most 8 a node."""
+    """Encoders at work; none: one a GPU, or where there are none one for four cores of a node, at most 8 a node."""
     rows_per_part: int = Field(default=32768, ge=1)
     """Rows of one part file: what a crash can cost, and what is sorted by length together."""
     price_per_hour: float | None = Field(default=None, gt=0)
@@ -176,12 +176,13 @@ class EmbedWork(NamedTuple):
 class EmbedPart:
     """Ray actor: loads the encoder once, embeds parts of one or several inputs and writes them."""
 
-    def __init__(self, model: str, works: Sequence[EmbedWork]) -> None:
+    def __init__(self, model: str, works: Sequence[EmbedWork], num_neighbours: int) -> None:
+        """`num_neighbours` are the processes of a node, this one among them, that share its cores."""
         quiet()
         self.sources = [work.source for work in works]
         self.configs = [EmbedConfig.model_validate(work.config) for work in works]
         prepared = [Prepared.model_validate(work.prepared) for work in works]
-        device = worker_device()
+        device = worker_device(num_neighbours)
         encoders = {
             backend: load_encoder(Path(model), backend, device, cache_directory())
             for backend in dict.fromkeys(settled.backend for settled in prepared)
@@ -231,11 +232,11 @@ class EmbedPart:
         return Told.of(statistics, len(texts.rows), embedded.computed)
 
 
-def worker_device() -> torch.device:
-    """The device of this worker, with its share of the cores."""
+def worker_device(num_neighbours: int) -> torch.device:
+    """The device of this worker, one of so many of its node, with its share of the cores."""
     device = default_device()
     if device.type == "cpu":
-        use_cores(max(1, (os.cpu_count() or 1) // cpu_processes()))
+        use_cores(max(1, (os.cpu_count() or 1) // num_neighbours))
     return device
 
 
@@ -403,7 +404,7 @@ def prepare_on_worker(model: str, works: Sequence[tuple[Store, list[Part], dict[
             for part in sample
             for text in read_part(part, source, config.columns, config.max_characters).rows["text"].to_pylist()
         ]
-        prepared = prepare(Path(model), config.embedding, texts, worker_device(), cache_directory())
+        prepared = prepare(Path(model), config.embedding, texts, worker_device(encoder_processes()), cache_directory())
         settled.append(prepared.model_dump(mode="json"))
     return settled
 
@@ -427,13 +428,15 @@ def embed_parts(model: Path, plans: Sequence[EmbedPlan], prepared: Sequence[Prep
     ]
     gpus = num_gpus()
     wanted = max((plan.config.num_actors or 0 for plan in plans), default=0)
+    nodes = working_nodes()
+    size = min(wanted or gpus or nodes * encoder_processes(), len(items))
     done = (
         ray.data.from_items(items, override_num_blocks=len(items))
         .map_batches(
             EmbedPart,
-            fn_constructor_args=(str(model), works),
+            fn_constructor_args=(str(model), works, -(-size // nodes)),
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=min(wanted or gpus or all_cpu_processes(), len(items))),
+            compute=ray.data.ActorPoolStrategy(size=size),
             num_cpus=1,
             num_gpus=1 if gpus else None,
         )

@@ -69,7 +69,7 @@ from embedlib.threads import use_cores
 from embedlib.wheels import cache_directory
 from jobs.embed import worker_device
 from jobs.metrics import RunReport
-from jobs.runtime import all_cpu_processes, artifacts_directory, connect, num_gpus, quiet
+from jobs.runtime import all_cpu_processes, artifacts_directory, connect, cpu_processes, num_gpus, quiet
 
 SAMPLE_TEXTS = 2000
 SPEED_TEXTS = 750
@@ -197,7 +197,7 @@ class Scorer:
     def __init__(self, dtype: str) -> None:
         quiet()
         disable_progress_bars()
-        self.device = worker_device()
+        self.device = worker_device(cpu_processes())
         self.dtype = torch_dtype(dtype, self.device)
         self.encoders: dict[str, CachedEncoder] = {}
 

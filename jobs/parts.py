@@ -41,8 +41,12 @@ def write_parquet(path: Store, table: pa.Table) -> None:
     if "id" in table.column_names and pa.types.is_integer(table.schema.field("id").type):
         encodings["id"] = "DELTA_BINARY_PACKED"
     plain = [name for name in table.column_names if name not in ("id", "vector")]
+    # Least and greatest of every element of a vector tell nothing and take a third of the time.
+    described = [name for name in table.column_names if name != "vector"]
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd", use_dictionary=plain, column_encoding=encodings)
+    pq.write_table(
+        table, buffer, compression="zstd", use_dictionary=plain, column_encoding=encodings, write_statistics=described
+    )
     path.write(buffer.getvalue())
 
 

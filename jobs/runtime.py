@@ -17,6 +17,8 @@ from embedlib.errors import EmbedlibError
 # A resumed Ray Data plan hangs where Ray counts two CPUs or fewer (Ray 2.60), so a local cluster counts at least four.
 MIN_LOCAL_CPUS = 4
 MAX_CPU_PROCESSES = 8
+# What takes memory is not a thread but the model and the tokenizer of its process.
+THREADS_AN_ENCODER = 4
 SOME_CPU = 0.001
 """What an actor asks for that takes no core from others: it does not come to lie on a head that offers none."""
 
@@ -114,6 +116,11 @@ def cpu_processes() -> int:
 def all_cpu_processes() -> int:
     """How many such processes the CPUs of all nodes feed."""
     return working_nodes() * cpu_processes()
+
+
+def encoder_processes() -> int:
+    """How many processes the CPUs of one node feed that each hold a model and compute it in several threads."""
+    return max(1, min((os.cpu_count() or 1) // THREADS_AN_ENCODER, MAX_CPU_PROCESSES))
 
 
 def artifacts_directory() -> Path:

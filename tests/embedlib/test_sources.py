@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from embedlib import sources
 from embedlib.errors import DataError
 from embedlib.sources import ColumnsConfig, Part, check_texts, convert, input_files, plan_parts, read_part
 from embedlib.storage import Store
@@ -36,14 +37,22 @@ def test_parquet_rows_are_numbered_over_all_files(tmp_path: Path) -> None:
     assert rows_of(tmp_path / "*.parquet") == expected
 
 
-@given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 12))
-def test_parts_cover_every_row_once(num_rows: int, rows_per_part: int, row_group_size: int) -> None:
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 12), st.integers(1, 12))
+def test_parts_cover_every_row_once(num_rows: int, rows_per_part: int, row_group_size: int, batch_rows: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         folder = Path(pytest.importorskip("tempfile").mkdtemp())
         patch.chdir(folder)
+        patch.setattr(sources, "READ_ROWS", batch_rows)
         texts = [f"text {number}" for number in range(num_rows)]
         pq.write_table(pa.table({"text": texts}), "a.parquet", row_group_size=row_group_size)
         assert [row["text"] for row in rows_of(folder, rows_per_part=rows_per_part)] == texts
+
+
+def test_a_file_that_lost_rows_since_it_was_planned_is_told_of(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["kept"]}), path)
+    with pytest.raises(DataError, match="1 rows; expected 3 or more"):
+        read_part(Part(str(path), 1, 2, 0), Store.at(str(path)), COLUMNS, 100)
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "txt"])
