@@ -123,16 +123,17 @@ def run_job(corpus: str, output: str, model: str) -> dict[str, float]:
 
 def run_loop(model: str, texts: list[str]) -> float:
     """Texts/s of the encoder in as many processes of as many threads as the job has, with nothing around them."""
-    num_processes = encoder_processes() if not torch.cuda.is_available() else 1
+    num_parts = -(-len(texts) // PART_ROWS)
+    num_processes = min(encoder_processes(), num_parts) if not torch.cuda.is_available() else 1
     with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
         shares = [texts[number::num_processes] for number in range(num_processes)]
-        return sum(pool.map(encode_share, [model] * num_processes, shares))
+        return sum(pool.map(encode_share, [model] * num_processes, shares, [num_processes] * num_processes))
 
 
-def encode_share(model: str, texts: list[str]) -> float:
-    """Texts/s of one process."""
+def encode_share(model: str, texts: list[str], num_processes: int) -> float:
+    """Texts/s of one of so many processes."""
     if not torch.cuda.is_available():
-        torch.set_num_threads((os.cpu_count() or 1) // encoder_processes())
+        torch.set_num_threads((os.cpu_count() or 1) // num_processes)
     encoder = Encoder.load(Path(model))
     encoder.encode(texts[:64])
     start = time.perf_counter()

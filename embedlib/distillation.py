@@ -26,6 +26,7 @@ from embedlib.memory import keep_few_kernels, keep_freed_memory
 from embedlib.threads import cores
 from embedlib.torch_model import SentenceVectors, body_of
 from embedlib.training import (
+    MAX_LANES,
     Batch,
     OptimizerConfig,
     SampleOrder,
@@ -79,7 +80,7 @@ def load_student(directory: Path, device: torch.device) -> SentenceVectors:
     model = SentenceTransformer(str(directory), device=str(device), trust_remote_code=False, local_files_only=True)
     if device.type == "cpu":
         keep_freed_memory()
-        keep_few_kernels(cores())
+        keep_few_kernels(min(cores(), MAX_LANES))
     student = SentenceVectors(model.float()).eval().requires_grad_(True)
     if (pooler := getattr(body_of(model), "pooler", None)) is not None:
         # No vector comes of it, and processes that exchange gradients would wait for one that never is.

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from embedlib.batching import TokenIds, padded_size, token_budget_batches
 from embedlib.errors import ConfigError
-from embedlib.memory import keep_few_kernels, keep_freed_memory
+from embedlib.memory import keep_freed_memory
 from embedlib.threads import cores
 from embedlib.traits import Traits
 
@@ -100,7 +100,6 @@ class Encoder:
         self.on_gpu, self.backend, self.tokenizer = device_type(device) == "cuda", backend, tokenizer
         if not self.on_gpu:
             keep_freed_memory()
-            keep_few_kernels(cores())
         self.prompts, self.unknown_token_id = traits.prompts, traits.unknown_token_id
         self.embedding_dim, self.max_seq_length = traits.embedding_dim, traits.max_seq_length
         self.num_parameters, self.normalises = traits.num_parameters, traits.normalises

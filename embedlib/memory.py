@@ -28,7 +28,8 @@ def keep_few_kernels(num_threads: int) -> None:
     """Have oneDNN keep fewer of the kernels it makes for each shape of a product, in a process that has made none yet.
 
     Packed batches hardly ever have a shape twice, and a thousand kernels in either cache are a gigabyte; the layers of
-    a model repeat a handful for each of `num_threads`. Processes that this one starts inherit it.
+    a model repeat a handful for each of `num_threads`. It is not for a process that answers single texts, whose few
+    lengths come again and again. Processes that this one starts inherit it.
     """
     for name in KERNEL_CACHES:
         os.environ.setdefault(name, str(KEPT_KERNELS_A_THREAD * num_threads))

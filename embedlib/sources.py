@@ -142,7 +142,7 @@ def read_part(part: Part, like: Store, columns: ColumnsConfig, max_characters: i
 
 
 def read_rows(parquet: pq.ParquetFile, columns: Sequence[str], start: int, num_rows: int) -> pa.Table:
-    """Some rows from number `start` on. A row group may hold far more: no more than a batch of it is in memory."""
+    """Some rows from number `start` on. A row group may hold far more: of it a batch at a time is decoded."""
     ends = list(accumulate(parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)))
     first, last = bisect_right(ends, start), bisect_left(ends, start + num_rows)
     row = ends[first - 1] if first else 0

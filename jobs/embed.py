@@ -31,6 +31,7 @@ from embedlib.embedding import Computed, EmbeddingConfig, Prepared, TextEmbedder
 from embedlib.encoder import default_device
 from embedlib.errors import ArtifactError, ConfigError, DataError, EmbedlibError
 from embedlib.index import write_index
+from embedlib.memory import keep_few_kernels
 from embedlib.pretrained import pretrained_directory
 from embedlib.schemas import embeddings_schema, vector_column, vectors_of
 from embedlib.sources import (
@@ -46,11 +47,21 @@ from embedlib.sources import (
     rejected_table,
 )
 from embedlib.storage import Store, UserModel, UserPath
-from embedlib.threads import use_cores
+from embedlib.threads import MAX_THREADS, cores, use_cores
 from embedlib.wheels import cache_directory
 from jobs.metrics import RunReport
 from jobs.parts import claim, content_mark, missing_parts, part_name, write_parquet
-from jobs.runtime import as_row, connect, encoder_processes, error_of, num_gpus, own_errors, quiet, working_nodes
+from jobs.runtime import (
+    as_row,
+    connect,
+    cpu_processes,
+    encoder_processes,
+    error_of,
+    num_gpus,
+    own_errors,
+    quiet,
+    working_nodes,
+)
 
 INDEX_NAME = "index.faiss"
 CALIBRATION_TEXTS = 4096
@@ -237,6 +248,7 @@ def worker_device(num_neighbours: int) -> torch.device:
     device = default_device()
     if device.type == "cpu":
         use_cores(max(1, (os.cpu_count() or 1) // num_neighbours))
+        keep_few_kernels(min(cores(), MAX_THREADS))
     return device
 
 
@@ -384,7 +396,7 @@ def prepared_once(model: Path, plans: Sequence[EmbedPlan]) -> list[Prepared]:
             (plans[number].source, plans[number].sample(), plans[number].config.model_dump()) for number in unknown
         ]
         with own_errors():
-            settled = ray.get(remote.remote(str(model), works))
+            settled = ray.get(remote.remote(str(model), works, processes(plans)[1]))
         for number, values in zip(unknown, settled, strict=True):
             for name, measured in values["measured"].items():
                 figures = ", ".join(f"{key} {value:,.4g}" for key, value in measured.items())
@@ -393,8 +405,10 @@ def prepared_once(model: Path, plans: Sequence[EmbedPlan]) -> list[Prepared]:
     return [Prepared.model_validate(note.read_json()) for note in notes]
 
 
-def prepare_on_worker(model: str, works: Sequence[tuple[Store, list[Part], dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Ray task: choose the backend and calibrate, on the hardware that will embed."""
+def prepare_on_worker(
+    model: str, works: Sequence[tuple[Store, list[Part], dict[str, Any]]], num_neighbours: int
+) -> list[dict[str, Any]]:
+    """Ray task: choose the backend and calibrate, on the hardware that will embed, with the cores that it will have."""
     quiet()
     settled = []
     for source, sample, values in works:
@@ -404,9 +418,21 @@ def prepare_on_worker(model: str, works: Sequence[tuple[Store, list[Part], dict[
             for part in sample
             for text in read_part(part, source, config.columns, config.max_characters).rows["text"].to_pylist()
         ]
-        prepared = prepare(Path(model), config.embedding, texts, worker_device(encoder_processes()), cache_directory())
+        prepared = prepare(Path(model), config.embedding, texts, worker_device(num_neighbours), cache_directory())
         settled.append(prepared.model_dump(mode="json"))
     return settled
+
+
+def processes(plans: Sequence[EmbedPlan]) -> tuple[int, int]:
+    """How many processes embed some inputs, and how many of them share a node's cores.
+
+    Parts that are there already count as well: a resumed run computes with as many threads as the one before it.
+    """
+    wanted = max((plan.config.num_actors or 0 for plan in plans), default=0)
+    nodes, num_parts = working_nodes(), sum(len(plan.parts) for plan in plans)
+    number = max(1, min(wanted or num_gpus() or nodes * encoder_processes(), num_parts))
+    # An autoscaled cluster may have more nodes than it has now.
+    return number, min(-(-number // nodes), cpu_processes())
 
 
 def embed_parts(model: Path, plans: Sequence[EmbedPlan], prepared: Sequence[Prepared]) -> list[float]:
@@ -426,19 +452,16 @@ def embed_parts(model: Path, plans: Sequence[EmbedPlan], prepared: Sequence[Prep
         EmbedWork(plan.source, plan.config.model_dump(mode="json"), settled.model_dump(mode="json"))
         for plan, settled in zip(plans, prepared, strict=True)
     ]
-    gpus = num_gpus()
-    wanted = max((plan.config.num_actors or 0 for plan in plans), default=0)
-    nodes = working_nodes()
-    size = min(wanted or gpus or nodes * encoder_processes(), len(items))
+    num_processes, num_neighbours = processes(plans)
     done = (
         ray.data.from_items(items, override_num_blocks=len(items))
         .map_batches(
             EmbedPart,
-            fn_constructor_args=(str(model), works, -(-size // nodes)),
+            fn_constructor_args=(str(model), works, num_neighbours),
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=size),
+            compute=ray.data.ActorPoolStrategy(size=min(num_processes, len(items))),
             num_cpus=1,
-            num_gpus=1 if gpus else None,
+            num_gpus=1 if num_gpus() else None,
         )
         .iter_rows()
     )

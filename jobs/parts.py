@@ -41,7 +41,7 @@ def write_parquet(path: Store, table: pa.Table) -> None:
     if "id" in table.column_names and pa.types.is_integer(table.schema.field("id").type):
         encodings["id"] = "DELTA_BINARY_PACKED"
     plain = [name for name in table.column_names if name not in ("id", "vector")]
-    # Least and greatest of every element of a vector tell nothing and take a third of the time.
+    # Least and greatest of every element of a vector, or a list, tell nothing and take a third of the time.
     described = [name for name in table.column_names if name != "vector"]
     buffer = io.BytesIO()
     pq.write_table(

@@ -17,7 +17,7 @@ from embedlib.errors import EmbedlibError
 # A resumed Ray Data plan hangs where Ray counts two CPUs or fewer (Ray 2.60), so a local cluster counts at least four.
 MIN_LOCAL_CPUS = 4
 MAX_CPU_PROCESSES = 8
-# What takes memory is not a thread but the model and the tokenizer of its process.
+# Few, since each takes turns at Python's lock, and more than one, since every process has a model and a tokenizer.
 THREADS_AN_ENCODER = 4
 SOME_CPU = 0.001
 """What an actor asks for that takes no core from others: it does not come to lie on a head that offers none."""
@@ -108,8 +108,7 @@ def autoscaled(resource: str) -> int:
 
 
 def cpu_processes() -> int:
-    """How many one-thread processes the CPUs of one node feed: one a core, since threads that wait for each other in
-    every operation lose more to a busy machine than processes that meet once a batch."""
+    """How many processes the CPUs of one node feed where Python, not a model, has most to do: one a core."""
     return min(os.cpu_count() or 1, MAX_CPU_PROCESSES)
 
 

@@ -37,7 +37,7 @@ def test_vectors_are_the_encoders_and_resume_repeats_nothing(
     ray_cluster: None, tiny_encoder: Path, tiny_corpus: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "vectors"
-    config = config_for(output, tiny_encoder, tiny_corpus, prompts=["query", "passage"])
+    config = config_for(output, tiny_encoder, tiny_corpus, prompts=["query", "passage"], num_actors=2)
     manifest = embed(config).manifest
     ids, vectors = (np.concatenate(part) for part in zip(*read_parts(output), strict=True))
     corpus = pq.read_table(tiny_corpus)
@@ -60,6 +60,9 @@ def test_vectors_are_the_encoders_and_resume_repeats_nothing(
 
     first, second = output / part_name(0), output / part_name(1)
     before, kept = pq.read_table(second), first.stat().st_mtime_ns
+    group = pq.read_metadata(first).row_group(0)
+    columns = [group.column(number) for number in range(group.num_columns)]
+    assert {column.path_in_schema for column in columns if column.is_stats_set} == {"id", "lang"}
     second.unlink()
     (output / "manifest.json").unlink()
     again = embed(config).manifest
