@@ -410,6 +410,7 @@ def prepare_on_worker(
 ) -> list[dict[str, Any]]:
     """Ray task: choose the backend and calibrate, on the hardware that will embed, with the cores that it will have."""
     quiet()
+    device = worker_device(num_neighbours)
     settled = []
     for source, sample, values in works:
         config = EmbedConfig.model_validate(values)
@@ -418,7 +419,7 @@ def prepare_on_worker(
             for part in sample
             for text in read_part(part, source, config.columns, config.max_characters).rows["text"].to_pylist()
         ]
-        prepared = prepare(Path(model), config.embedding, texts, worker_device(num_neighbours), cache_directory())
+        prepared = prepare(Path(model), config.embedding, texts, device, cache_directory())
         settled.append(prepared.model_dump(mode="json"))
     return settled
 
