@@ -10,7 +10,7 @@ export PATH := $(BIN):$(PATH)
 # Without its caches every process compiles its libraries anew: 21 s instead of 9 until a worker of jobs/embed.py begins.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo serve test test-all coverage lint format lock bench-distill bench-train bench-encode bench-embed-job bench-serve bench-evaluate bench-mine bench-mine-scale bench-exact-search bench-corpus bench-overheads faults churn clean
+.PHONY: help demo serve test test-all coverage lint format lock bench-distill bench-train bench-encode bench-embed-job bench-serve bench-evaluate bench-mine bench-mine-scale bench-exact-search bench-gpu-lists bench-corpus bench-overheads faults churn clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -73,6 +73,9 @@ bench-mine-scale: $(VENV)/.dev ## mining a large corpus: memory under two settin
 
 bench-exact-search: $(VENV)/.dev ## exact search on a GPU against FAISS's
 	$(BIN)/python -m benchmarks.exact_search $(BENCH)
+
+bench-gpu-lists: $(VENV)/.dev ## inverted lists on a GPU against CPUs and exact search
+	$(BIN)/python -m benchmarks.gpu_lists $(BENCH)
 
 bench-corpus: $(VENV)/.dev ## building a corpus: rows counted, time and memory by rows, polars, groupby
 	$(BIN)/python -m benchmarks.corpus $(BENCH)

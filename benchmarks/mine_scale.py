@@ -188,10 +188,10 @@ def search_grown(work: Path, nprobe: int) -> list[Searched]:
         search = SearchConfig(index=index, nprobe=nprobe, min_recall=0, shards=1)
         plan = plan_shards(work / f"grown-{share}", search, some, [], {"text": "text"})
         shards = start_shards(plan, RunReport("mine", "benchmark", Store.at(plan.work), {}))
-        _, measured = gated(plan, shards, queries[: search.recall_queries])
-        search_blocks(queries[:256], DEPTH, shards, plan.trained_index(), nprobe)  # pages of the index come in
+        plan, measured = gated(plan, shards, queries[: search.recall_queries])
+        search_blocks(queries[:256], DEPTH, plan, shards)  # pages of the index come in
         begun = time.perf_counter()
-        search_blocks(queries, DEPTH, shards, plan.trained_index(), nprobe)
+        search_blocks(queries, DEPTH, plan, shards)
         seconds = time.perf_counter() - begun
         found.append(Searched(rows, 1000 * seconds / len(queries), measured["recall_at_10"]))
         for shard in shards:

@@ -28,13 +28,18 @@ def search_on_gpu(queries: npt.NDArray[np.float32], vectors: torch.Tensor, k: in
 
 def on_gpu(vectors: npt.NDArray[np.floating], device: torch.device) -> torch.Tensor | None:
     """A GPU's copy of `vectors` (rows, dim); none for a CPU, and where they would leave no room for the scores."""
-    if device.type == "cpu" or vectors.nbytes > RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]:
+    if not has_room(vectors.nbytes, device):
         return None
     resident = torch.empty(vectors.shape, dtype=torch.from_numpy(vectors[:0].copy()).dtype, device=device)
     for start in range(0, len(vectors), GPU_ROWS):
         block = torch.from_numpy(np.array(vectors[start : start + GPU_ROWS]))
         resident[start : start + GPU_ROWS] = block.to(device)
     return resident
+
+
+def has_room(num_bytes: int, device: torch.device) -> bool:
+    """Whether so much may stay in a GPU's memory."""
+    return device.type != "cpu" and num_bytes <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
 
 
 def largest_products(queries: torch.Tensor, vectors: torch.Tensor, k: int) -> torch.Tensor:

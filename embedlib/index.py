@@ -11,6 +11,7 @@ import numpy.typing as npt
 from faiss.contrib.ivf_tools import search_preassigned
 
 from embedlib.errors import ConfigError, DataError
+from embedlib.gpu_index import is_on_gpu, search_lists, train_on_gpu
 
 # FAISS wants 39 at least, and time grows with them; what recall comes of it, the job measures.
 TRAINING_VECTORS_A_LIST = 64
@@ -46,8 +47,13 @@ def build_index(parts: Callable[[], Rows], factory: str) -> faiss.Index:
     return index
 
 
-def train_index(sample: Callable[[int], npt.NDArray[np.float32]], dim: int, factory: str) -> faiss.Index:
-    """An empty index that knows what it has to learn from vectors: `sample` gives at most so many (rows, dim)."""
+def train_index(
+    sample: Callable[[int], npt.NDArray[np.float32]], dim: int, factory: str, on_gpu: bool = False
+) -> faiss.Index:
+    """An empty index that knows what it has to learn from vectors: `sample` gives at most so many (rows, dim).
+
+    With `on_gpu` this process's GPU learns the lists of an inverted file.
+    """
     index = new_index(dim, factory)
     if not index.is_trained:
         inverted = faiss.try_extract_index_ivf(index)
@@ -55,7 +61,10 @@ def train_index(sample: Callable[[int], npt.NDArray[np.float32]], dim: int, fact
         vectors = sample(lists * TRAINING_VECTORS_A_LIST)
         if inverted and len(vectors) < lists:
             raise ConfigError(f"index_factory: {factory!r} has {lists} lists; {len(vectors)} vectors cannot train it")
-        index.train(vectors)
+        if inverted and on_gpu:
+            train_on_gpu(index, vectors)
+        else:
+            index.train(vectors)
     # An inverted file keeps ids itself; the other kinds number their vectors.
     return index if faiss.try_extract_index_ivf(index) else faiss.IndexIDMap2(index)
 
@@ -108,8 +117,11 @@ def search_index(
 ) -> npt.NDArray[np.int64]:
     """Ids of the `k` best (queries, k) for `queries` (queries, dim), -1 where there are fewer.
 
-    `nprobe` is how many lists of an inverted file are looked into, or how widely a graph is searched.
+    `nprobe` is how many lists of an inverted file are looked into, or how widely a graph is searched. The lists of a
+    GPU, and those that nobody has assigned, are found here.
     """
+    if is_on_gpu(index):
+        return search_lists(index, queries, k, nprobe)
     if assignment is not None:
         inverted: Any = index
         inverted.nprobe = assignment.lists.shape[1]
@@ -121,8 +133,10 @@ def _parameters(index: faiss.Index, k: int, nprobe: int) -> Any:
     inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexIDMap) else index
     if isinstance(inner, faiss.IndexHNSW):
         return faiss.SearchParametersHNSW(efSearch=max(nprobe, k))  # type: ignore[attr-defined]
+    inverted = faiss.SearchParametersIVF(nprobe=nprobe)  # type: ignore[call-arg]
+    if isinstance(inner, faiss.IndexIVF):
+        return inverted
     if isinstance(inner, faiss.IndexPreTransform):
-        inverted = faiss.SearchParametersIVF(nprobe=nprobe)  # type: ignore[call-arg]
         return faiss.SearchParametersPreTransform(index_params=inverted)  # type: ignore[call-arg]
     return None
 

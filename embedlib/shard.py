@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from embedlib.brute_force import Vectors, brute_force
 from embedlib.errors import DataError
+from embedlib.gpu_index import adder, lists_on_gpu, within_limits
 from embedlib.index import Assignment, read_index, search_index
 from embedlib.schemas import vectors_of
 from embedlib.topk import NO_ROW, Hits, best
@@ -64,20 +65,24 @@ class Shard(NamedTuple):
     """(rows, another dim): what a second model made of the texts, where one was asked."""
     resident: "torch.Tensor | None"
     """(rows, dim) `vectors` on a GPU, which then searches them."""
+    gpu_index: faiss.Index | None
+    """`faiss_index` on a GPU, which then searches it as far as it can."""
 
     @classmethod
     def open(cls, directory: Path, on_gpu: bool = False) -> Self:
-        """Memory-map what `build_shard` wrote; with `on_gpu` a GPU takes its vectors as well, if it has room."""
+        """Memory-map what `build_shard` wrote; with `on_gpu` a GPU takes a copy of what is searched, if it has room."""
         arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in FILES}
         with pa.memory_map(str(directory / TEXTS_NAME)) as source:
             texts = pa.ipc.open_file(source).read_all()
-        index, judge = directory / INDEX_NAME, directory / JUDGE_NAME
+        path, judge = directory / INDEX_NAME, directory / JUDGE_NAME
+        index = read_index(path) if path.exists() else None
         return cls(
             **arrays,
             texts=texts,
-            faiss_index=read_index(index) if index.exists() else None,
+            faiss_index=index,
             judge=np.load(judge, mmap_mode="r") if judge.exists() else None,
-            resident=_resident(arrays["vectors"]) if on_gpu else None,
+            resident=_resident(arrays["vectors"]) if on_gpu and index is None else None,
+            gpu_index=lists_on_gpu(index) if on_gpu and index is not None else None,
         )
 
     @property
@@ -102,7 +107,11 @@ class Shard(NamedTuple):
         if self.faiss_index is None:
             vectors = self.vectors if self.resident is None else self.resident
             return best(self._hits(queries, brute_force(queries, vectors, enough, block_rows)), k)
-        rows = search_index(self.faiss_index, queries, max(enough, num_candidates), nprobe, assignment)
+        wanted = max(enough, num_candidates)
+        index = (
+            self.gpu_index if self.gpu_index and within_limits(self.faiss_index, wanted, nprobe) else self.faiss_index
+        )
+        rows = search_index(index, queries, wanted, nprobe, assignment)
         found = np.where(rows == NO_ROW, NO_ROW, self.positions[np.maximum(rows - self.first_row, 0)])
         if num_candidates > enough:
             found = self._nearest(queries, found, enough)
@@ -173,11 +182,13 @@ def build_shard(
     directory: Path,
     empty_index: faiss.Index | None = None,
     judge: Callable[[], Iterable[Chunk]] | None = None,
+    on_gpu: bool = False,
 ) -> None:
     """Write the shard of some chunks, which are read twice.
 
-    `empty_index` is trained, and is filled; `judge` gives the same rows with a second model's vectors. Raises
-    DataError, naming the row, for a vector that is zero or not finite, and for widths that differ.
+    `empty_index` is trained, and is filled, with `on_gpu` by the help of a GPU; `judge` gives the same rows with a
+    second model's vectors. Raises DataError, naming the row, for a vector that is zero or not finite, and for widths
+    that differ.
     """
     scratch = directory.with_name(f".{directory.name}.{os.getpid()}")
     shutil.rmtree(scratch, ignore_errors=True)
@@ -187,7 +198,7 @@ def build_shard(
     kept = np.sort(firsts)
     np.save(scratch / "keys.npy", keys[kept])
     np.save(scratch / "positions.npy", np.searchsorted(kept, firsts[numbers]))
-    write_rows(chunks(), kept, scratch, empty_index)
+    write_rows(chunks(), kept, scratch, empty_index, on_gpu)
     if judge is not None:
         vectors = VectorFile(scratch / JUDGE_NAME, len(kept))
         for rows, table in rows_kept(judge(), kept):
@@ -207,9 +218,11 @@ def rows_kept(chunks: Iterable[Chunk], kept: npt.NDArray[np.int64]) -> Iterator[
 
 
 def write_rows(
-    chunks: Iterable[Chunk], kept: npt.NDArray[np.int64], directory: Path, index: faiss.Index | None
+    chunks: Iterable[Chunk], kept: npt.NDArray[np.int64], directory: Path, index: faiss.Index | None, on_gpu: bool
 ) -> None:
     """Write all but the keys of the rows at `kept` positions."""
+    if index is not None:
+        add = adder(index) if on_gpu else index.add_with_ids
     attributes: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in ("rows", "documents", "langs")}
     stored = VectorFile(directory / "vectors.npy", len(kept))
     texts: pa.RecordBatchFileWriter | None = None
@@ -226,7 +239,7 @@ def write_rows(
                 known = column in rows.column_names
                 attributes[name].append(text_keys(rows[column]) if known else np.zeros(len(rows), np.uint64))
             if index is not None:
-                index.add_with_ids(vectors.astype(np.float32), numbers)
+                add(vectors.astype(np.float32), numbers)
     for name, parts in attributes.items():
         np.save(directory / f"{name}.npy", np.concatenate(parts))
     if index is not None:

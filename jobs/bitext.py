@@ -122,7 +122,7 @@ class Finder:
     def nearest(self, queries: npt.NDArray[np.float32], first_row: int) -> Neighbours:
         """The neighbours of consecutive rows; where they search their own corpus, without themselves."""
         k = self.neighbours + self.is_own
-        hits = search_shards(self.shards, queries, k, self.trained, self.plan.nprobe)
+        hits = search_shards(self.plan, self.shards, queries, k, self.trained)
         if self.is_own:
             hits = without_row(hits, first_row + np.arange(len(queries)), self.neighbours)
         missing = ((0, 0), (0, self.neighbours - hits.rows.shape[1]))

@@ -274,15 +274,15 @@ def prepare(config: MineConfig, model: Path, pairs: Pairs, output: Path, judge: 
     links = hashlib.sha256(pairs.links.tobytes()).hexdigest()
     index = {name: getattr(config.search, name) for name in ("index", "merged", "training_vectors")}
     mark = fingerprint(vectors=marks, links=links, columns=columns, index=index)
-    home = work / f"shards-{mark[:12]}"
     shards = plan_shards(
-        home,
+        work / f"shards-{mark[:12]}",
         config.search,
         files.get("corpus", []),
         files["positives"],
         columns,
         [*opinions.get("corpus", []), *opinions.get("positives", [])],
     )
+    home = Path(shards.work)
     write_positives(home, files["positives"], opinions.get("positives"), shards.columns)
     np.save(home / "links.npy", pairs.links)
     return MinePlan(

@@ -105,12 +105,11 @@ class Miner:
         """The negatives (queries, max_negatives) of a block; queries with many positives go few at a time."""
         depths = self.rule.depth(0) + (queries.positive_keys != 0).sum(axis=1)
         order = np.argsort(depths, kind="stable")
-        nprobe = self.plan.shards.nprobe
         found: list[Hits] = []
         rejected: Counter[str] = Counter()
         for run in runs(depths[order]):
             some = order[run]
-            hits = search_shards(self.shards, vectors[some], int(depths[some].max()), self.trained, nprobe)
+            hits = search_shards(self.plan.shards, self.shards, vectors[some], int(depths[some].max()), self.trained)
             # The judge sees what a query asks for itself, however deep the others of its block do.
             hits = hits.masked(np.arange(hits.rows.shape[1]) >= depths[some][:, None])
             hits = judged(self.judge, asked.take(some), hits) if self.judge else hits

@@ -21,7 +21,8 @@ from pydantic import Field
 from embedlib.artifact import MANIFEST_NAME, Manifest, read_manifest
 from embedlib.config import Config
 from embedlib.errors import ArtifactError, ConfigError, DataError
-from embedlib.index import Assignment, assign, code_size, save_index, train_index
+from embedlib.gpu_index import has_kernels
+from embedlib.index import Assignment, assign, code_size, new_index, save_index, train_index
 from embedlib.schemas import vectors_of
 from embedlib.shard import Chunk, Shard, build_shard
 from embedlib.sources import Part
@@ -33,6 +34,8 @@ from jobs.runtime import SOME_CPU, own_errors, present_gpus, working_nodes
 
 # Below this many rows brute force is quick, and exact.
 EXACT_ROWS = 1_000_000
+# Vectors for which a small GPU has room; brute force over them is quicker than any lists, on CPUs or there.
+GPU_BYTES = 8 << 30
 ROWS_A_LIST = 512
 MAX_LISTS = 1 << 18
 MAX_GRAPH_SEARCH = 4096
@@ -55,7 +58,8 @@ class SearchConfig(Config):
 
     index: str = "auto"
     """exact: brute force; a kind of index as faiss.index_factory names it, such as IVF4096,SQ8; auto: exact up to a
-    million rows, then inverted lists of about 512 rows as 4-bit codes, or as bytes where the index is to be merged."""
+    million rows, or 8 GiB of vectors a GPU, then inverted lists of about 512 rows as 4-bit codes, or as bytes where the
+    index is to be merged."""
     candidates: int | None = Field(default=None, ge=1)
     """Rows that the index gives a query, over all shards, for their own vectors to be compared; none: 1024 for kinds
     that keep product-quantised codes, which order rows but roughly, else no more than are needed."""
@@ -96,6 +100,8 @@ class ShardPlan(NamedTuple):
     factory: str | None
     """Kind of index; none: brute force."""
     nprobe: int
+    on_gpus: bool
+    """Whether GPUs search the shards."""
     judge: list[list[Part]]
     """The rows of each shard once more, with the vectors of a second model; empty where there is none."""
 
@@ -146,12 +152,11 @@ class IndexShard:
                     directory,
                     self.plan.trained_index(),
                     (lambda: read_chunks(self.plan.judge[self.number], VECTORS)) if self.plan.judge else None,
+                    self.plan.on_gpus,
                 )
-            on_gpu = bool(ray.get_gpu_ids())
-            self.opened = Shard.open(directory, on_gpu)
-            if on_gpu and self.opened.resident is None:
-                size = self.opened.vectors.nbytes / 2**30
-                print(f"shard {self.number}: its GPU has no room for {size:.1f} GiB; the CPU searches. Cut more shards")
+            self.opened = Shard.open(directory, self.plan.on_gpus)
+            if self.plan.on_gpus and self.opened.resident is None and self.opened.gpu_index is None:
+                print(f"shard {self.number}: its GPU has no room for it; the CPU searches. Cut more shards")
         return self.opened
 
     def num_rows(self) -> int:
@@ -192,11 +197,17 @@ def plan_shards(
 ) -> ShardPlan:
     """Cut the rows of vector files, `own` with ids and `others` without, into shards, and train their index.
 
-    `judge` are files of the same rows with a second model's vectors.
+    They are to lie below `work`. `judge` are files of the same rows with a second model's vectors.
     """
     whole = whole_files([*own, *others])
-    factory = factory_of(search, whole)
-    num_shards = search.shards or max(working_nodes(), present_gpus(), -(-index_bytes(factory, whole) // SHARD_BYTES))
+    factory = factory_of(search, whole, num_gpus := present_gpus())
+    if search.merged and not mergeable(factory):
+        raise ConfigError(
+            f"search.merged: with {factory or 'exact search'}; expected an index of inverted lists that are not "
+            "fast-scan codes, such as IVF4096,SQ8"
+        )
+    work /= factory or "exact"  # what `auto` means may change between two runs, since GPUs come and go
+    num_shards = search.shards or max(working_nodes(), num_gpus, -(-index_bytes(factory, whole) // SHARD_BYTES))
     plan = ShardPlan(
         work=str(work),
         search=search.model_dump(),
@@ -207,17 +218,13 @@ def plan_shards(
         id_type=pq.read_schema(own[0]).field("id").type if own else pa.int64(),
         num_own_rows=sum(pq.read_metadata(file).num_rows for file in own),
         nprobe=search.nprobe,
+        on_gpus=num_gpus > 0 and (factory is None or has_kernels(new_index(dim_of(whole[0]), factory))),
     )
-    if search.merged and not mergeable(plan.factory):
-        raise ConfigError(
-            f"search.merged: with {plan.factory or 'exact search'}; expected an index of inverted lists that are not "
-            "fast-scan codes, such as IVF4096,SQ8"
-        )
     work.mkdir(parents=True, exist_ok=True)
     if plan.factory and not plan.trained.exists():
         with own_errors():
             parts = [part for run in plan.chunks for part in run]
-            remote = ray.remote(num_cpus=1)(train_on_worker)
+            remote = ray.remote(num_cpus=1, num_gpus=min(1, num_gpus))(train_on_worker)
             ray.get(remote.remote(parts, plan.factory, plan.trained, search.training_vectors))
     return plan
 
@@ -323,13 +330,13 @@ def between(part: Part, begin: int, end: int) -> Part:
     return Part(part.file, part.start + first - part.first_row, last - first, first)
 
 
-def factory_of(search: SearchConfig, parts: Sequence[Part]) -> str | None:
+def factory_of(search: SearchConfig, parts: Sequence[Part], num_gpus: int) -> str | None:
     """What faiss.index_factory is to make over these rows; none: brute force."""
-    num_rows = rows_of(parts)
-    if search.index == "exact" or (search.index == "auto" and num_rows <= EXACT_ROWS):
-        return None
     if search.index != "auto":
-        return search.index
+        return None if search.index == "exact" else search.index
+    num_rows = rows_of(parts)
+    if num_rows <= EXACT_ROWS or (not search.merged and vector_bytes(parts) <= GPU_BYTES * num_gpus):
+        return None
     dim = dim_of(parts[0])
     # FAISS cannot merge lists of 4-bit codes on disk.
     return f"IVF{num_lists(num_rows)},SQ8" if search.merged or dim % 2 else f"IVF{num_lists(num_rows)},PQ{dim // 2}x4fs"
@@ -359,6 +366,12 @@ def rows_of(parts: Sequence[Part]) -> int:
     return sum(part.num_rows for part in parts)
 
 
+def vector_bytes(parts: Sequence[Part]) -> int:
+    """Memory that the vectors of these rows take as they are stored."""
+    kind = pq.read_schema(parts[0].file).field("vector").type
+    return rows_of(parts) * int(kind.list_size) * int(kind.value_type.bit_width) // 8
+
+
 def dim_of(part: Part) -> int:
     """Elements of the vectors of a part."""
     return int(pq.read_schema(part.file).field("vector").type.list_size)
@@ -373,9 +386,11 @@ def mergeable(factory: str | None) -> bool:
 def train_on_worker(parts: Sequence[Part], factory: str, path: Path, most: int | None) -> None:
     """Ray task: the empty index that all shards begin with, trained on a sample of all parts, of `most` vectors."""
     faiss.omp_set_num_threads(os.cpu_count() or 1)  # nothing else is at work yet
-    save_index(
-        train_index(lambda num_rows: sample(parts, min(num_rows, most or num_rows)), dim_of(parts[0]), factory), path
-    )
+
+    def some(num_rows: int) -> npt.NDArray[np.float32]:
+        return sample(parts, min(num_rows, most or num_rows))
+
+    save_index(train_index(some, dim_of(parts[0]), factory, on_gpu=bool(ray.get_gpu_ids())), path)
 
 
 def sample(parts: Sequence[Part], num_rows: int) -> npt.NDArray[np.float32]:
@@ -398,7 +413,7 @@ def start_shards(plan: ShardPlan, report: RunReport) -> list[Any]:
     threads = max(1, cores // len(plan.chunks))
     remote = ray.remote(
         num_cpus=SOME_CPU,
-        num_gpus=0 if plan.factory else share_of_gpu(len(plan.chunks), present_gpus()),
+        num_gpus=share_of_gpu(len(plan.chunks), present_gpus()) if plan.on_gpus else 0,
         # What is asked for is what a node must have free, or an autoscaler start.
         memory=index_bytes(plan.factory, max(plan.chunks, key=rows_of)),
         max_restarts=-1,
@@ -426,12 +441,19 @@ def share_of_gpu(num_shards: int, num_gpus: int) -> float:
 
 
 def search_shards(
-    shards: Sequence[Any], queries: npt.NDArray[np.float32], k: int, trained: faiss.Index | None = None, nprobe: int = 1
+    plan: ShardPlan,
+    shards: Sequence[Any],
+    queries: npt.NDArray[np.float32],
+    k: int,
+    trained: faiss.Index | None = None,
 ) -> Hits:
-    """The best `k` of all shards for `queries` (queries, dim); exact ones where no `trained` index is given."""
-    assignment = assign(trained, queries, nprobe) if trained else None
+    """The best `k` of all shards for `queries` (queries, dim); exact ones where no `trained` index is given.
+
+    What lists to look into is found once for all shards, but by each GPU for itself.
+    """
+    assignment = assign(trained, queries, plan.nprobe) if trained and not plan.on_gpus else None
     sent = ray.put(queries)
-    asked = [shard.search.remote(sent, k, nprobe, assignment, trained is None) for shard in shards]
+    asked = [shard.search.remote(sent, k, plan.nprobe, assignment, trained is None) for shard in shards]
     return merge(ray.get(asked), k)
 
 
@@ -445,10 +467,11 @@ def gated(plan: ShardPlan, shards: Sequence[Any], queries: npt.NDArray[np.float3
         return plan, {}
     config = SearchConfig.model_validate(plan.search)
     most = index.nlist if isinstance(index, faiss.IndexIVF) else MAX_GRAPH_SEARCH
-    exact = search_shards(shards, queries, RECALL_AT)
+    exact = search_shards(plan, shards, queries, RECALL_AT)
     nprobe, measured = plan.nprobe, {}
     while True:
-        measured[nprobe] = recall(search_shards(shards, queries, RECALL_AT, index, nprobe).rows, exact.rows)
+        found = search_shards(plan._replace(nprobe=nprobe), shards, queries, RECALL_AT, index)
+        measured[nprobe] = recall(found.rows, exact.rows)
         print(f"recall@{RECALL_AT} with nprobe {nprobe}: {measured[nprobe]:.3f} of {len(queries)} queries", flush=True)
         if measured[nprobe] >= config.min_recall:
             return plan._replace(nprobe=nprobe), {"recall_at_10": measured[nprobe], "nprobe": nprobe}

@@ -11,7 +11,16 @@ import ray
 
 from embedlib.errors import ConfigError
 from jobs import shards
-from jobs.shards import SearchConfig, index_bytes, mergeable, plan_shards, share_of_gpu, whole_files
+from jobs.shards import (
+    SearchConfig,
+    factory_of,
+    index_bytes,
+    mergeable,
+    plan_shards,
+    share_of_gpu,
+    vector_bytes,
+    whole_files,
+)
 
 DIM, ROWS = 16, 600
 
@@ -46,7 +55,9 @@ def test_a_shard_takes_no_more_memory_than_it_may(file: Path, monkeypatch: pytes
     assert index_bytes("IVF4,SQ8", parts) == ROWS * (DIM + 8)
 
     def number(index: str, **values: Any) -> int:
-        (file.parent / "trained.faiss").touch()  # as if it had been trained
+        trained = file.parent / index / "trained.faiss"
+        trained.parent.mkdir(exist_ok=True)
+        trained.touch()  # as if it had been trained
         return len(plan_shards(file.parent, SearchConfig(index=index, **values), [file], [], {}).chunks)
 
     assert number("exact") == 2, "one for each node that works"
@@ -55,9 +66,37 @@ def test_a_shard_takes_no_more_memory_than_it_may(file: Path, monkeypatch: pytes
     assert number("IVF4,SQ8") == 4
 
 
-def test_indexes_that_cannot_be_merged_are_told_before_any_work(file: Path) -> None:
+def test_indexes_that_cannot_be_merged_are_told_before_any_work(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert mergeable("IVF8,SQ8")
     assert not any(mergeable(factory) for factory in (None, "HNSW8", "IVF8,PQ8x4fs", "OPQ8,IVF8,SQ8"))
     search = SearchConfig(index="OPQ8,IVF8,SQ8", merged=True, shards=2)
+    monkeypatch.setattr(shards, "present_gpus", lambda: 0)
     with pytest.raises(ConfigError, match=r"search\.merged: with OPQ8,IVF8,SQ8"):
         plan_shards(file.parent / "work", search, [file], [], {})
+
+
+def test_gpus_search_exactly_what_they_can_hold(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = whole_files([file])
+    assert vector_bytes(parts) == ROWS * DIM * 4
+    monkeypatch.setattr(shards, "EXACT_ROWS", ROWS - 1)
+    auto = SearchConfig()
+    assert factory_of(auto, parts, 0) == "IVF1,PQ8x4fs"
+    monkeypatch.setattr(shards, "GPU_BYTES", ROWS * DIM * 4 // 2)
+    assert factory_of(auto, parts, 1) == "IVF1,PQ8x4fs"
+    assert factory_of(auto, parts, 2) is None
+    assert factory_of(SearchConfig(merged=True), parts, 2) == "IVF1,SQ8"
+    assert factory_of(SearchConfig(index="IVF8,Flat"), parts, 2) == "IVF8,Flat"
+
+
+@pytest.mark.parametrize(("index", "on_gpus"), [("exact", True), ("IVF4,SQ8", True), ("HNSW8", False)])
+def test_shards_ask_for_gpus_where_these_can_search(
+    index: str, on_gpus: bool, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: nodes(2))
+    (file.parent / index).mkdir()
+    (file.parent / index / "trained.faiss").touch()
+    for num_gpus in (0, 2):
+        monkeypatch.setattr(shards, "present_gpus", lambda num_gpus=num_gpus: num_gpus)
+        plan = plan_shards(file.parent, SearchConfig(index=index), [file], [], {})
+        assert plan.on_gpus == (on_gpus and num_gpus > 0)
+        assert len(plan.chunks) == max(1, num_gpus)
