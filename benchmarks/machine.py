@@ -9,12 +9,13 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from embedlib.encoder import default_device, fast_dtype
 from embedlib.memory import keep_freed_memory
+
+if TYPE_CHECKING:  # a process whose memory is measured imports what it uses
+    import torch
 
 T = TypeVar("T")
 
@@ -56,6 +57,8 @@ def watched_memory(held: Callable[[], int]) -> Iterator[list[int]]:
 
 def describe_machine() -> dict[str, Any]:
     """What the rates were measured on, with the matrix products it reaches."""
+    import torch
+
     device = default_device()
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -78,13 +81,15 @@ def cpu_model() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def name_of(dtype: torch.dtype) -> str:
+def name_of(dtype: "torch.dtype") -> str:
     """`torch.float32` → `float32`."""
     return str(dtype).removeprefix("torch.")
 
 
-def matmul_gflops(dtype: torch.dtype, device: torch.device) -> float:
+def matmul_gflops(dtype: "torch.dtype", device: "torch.device") -> float:
     """The best of several square matrix products, in 10⁹ operations a second; int8 adds up in int32."""
+    import torch
+
     if device.type == "cpu":
         keep_freed_memory()  # pages asked for anew are no part of the product
     matrix = torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device).to(dtype)

@@ -123,10 +123,9 @@ def exported_model(directory: Path, runtime: str, int8: bool, cache: Path) -> Pa
     return home
 
 
-def torch_backend(dtype: "torch.dtype") -> BackendName:
+def torch_backend(arithmetic: str) -> BackendName:
     """PyTorch in this arithmetic."""
-    wanted = f"torch-{str(dtype).removeprefix('torch.')}"
-    return next(name for name in get_args(BackendName) if name == wanted)
+    return next(name for name in get_args(BackendName) if name == f"torch-{arithmetic}")
 
 
 def require_runtime(backend: BackendName, device: "torch.device | str") -> None:

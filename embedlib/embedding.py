@@ -20,7 +20,7 @@ from embedlib.backends import (
 )
 from embedlib.chunking import pool_chunks, split_long
 from embedlib.config import Config
-from embedlib.encoder import Encoder, fast_dtype, lengths_of, with_prompts
+from embedlib.encoder import Encoder, fast_arithmetic, lengths_of, with_prompts
 from embedlib.errors import ConfigError
 from embedlib.model_directory import trained_dimensions
 from embedlib.quantization import NEEDS_RANGES, OutputDtype, calibrate, quantise, truncate
@@ -204,7 +204,7 @@ def prepare(
 
     measured: dict[BackendName, Measured] = {}
     if config.backend is None:
-        backend = torch_backend(fast_dtype(device))
+        backend = torch_backend(fast_arithmetic(device))
     elif config.backend == REFERENCE:
         backend = REFERENCE
     else:

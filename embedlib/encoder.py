@@ -32,6 +32,7 @@ CPU_BATCH_TOKENS = 1536
 CUDA_BATCH_TOKENS = 65536
 # Fewer tokens than that are not worth a thread of their own.
 LEAST_BATCH_TOKENS = 256
+CPU_DESCRIPTION = Path("/proc/cpuinfo")
 # How the tokenizer tells of truncation that keeps the beginning.
 WHOLE_START = {"stride": 0, "strategy": "longest_first", "direction": "right"}
 
@@ -70,10 +71,26 @@ def fast_dtype(device: "torch.device | str") -> "torch.dtype":
     """bfloat16 where the hardware multiplies it faster than float32, else float32."""
     import torch
 
+    dtype: torch.dtype = getattr(torch, fast_arithmetic(device))
+    return dtype
+
+
+def fast_arithmetic(device: "torch.device | str") -> str:
+    """The same by its name; for Linux's CPUs nothing is imported that takes seconds and memory."""
     if device_type(device) == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    capabilities = torch.cpu.get_capabilities()
-    return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
+        import torch
+
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    return "bfloat16" if cpu_features() & {"avx512_bf16", "amx_bf16"} else "float32"
+
+
+def cpu_features() -> set[str]:
+    """The instructions that this machine's CPU has beyond the basic ones, as Linux and PyTorch name them."""
+    if CPU_DESCRIPTION.exists():
+        return set(CPU_DESCRIPTION.read_text().split())
+    import torch
+
+    return {name for name, there in torch.cpu.get_capabilities().items() if there is True}
 
 
 def default_device() -> "torch.device":

@@ -10,17 +10,18 @@ KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 KEPT_KERNELS_A_THREAD = 8
 
 
-def keep_freed_memory() -> None:
-    """Tell glibc's allocator to reuse large blocks instead of unmapping them; does nothing on other C libraries.
+def keep_freed_memory(block_bytes: int = 1 << 30) -> None:
+    """Tell glibc's allocator to reuse blocks below this size instead of unmapping them; nothing on other C libraries.
 
-    Handing them back after every step costs a page fault for each 4 kB.
+    Handing them back after every step costs a page fault for each 4 kB. But what is kept has holes of every size that
+    was asked for, and the more of these there are, the fewer of them fit again.
     """
     if not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(M_ARENA_MAX, 1)  # autograd's thread would otherwise have an arena too small for large tensors
-        mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(M_MMAP_THRESHOLD, block_bytes)
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 

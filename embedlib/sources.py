@@ -135,26 +135,24 @@ def read_part(part: Part, like: Store, columns: ColumnsConfig, max_characters: i
     optional = [REASON, *(["id"] if columns.id is None else [])]
     names = [*columns.names, *(name for name in optional if name in parquet.schema_arrow.names)]
     try:
-        rows = read_rows(parquet, list(dict.fromkeys(names)), part.start, part.num_rows)
+        rows = pa.Table.from_batches(read_rows(parquet, list(dict.fromkeys(names)), part.start, part.num_rows))
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{file}: rows {part.start} and after cannot be read: {error}") from error
     return check_texts(rows, part, columns, max_characters)
 
 
-def read_rows(parquet: pq.ParquetFile, columns: Sequence[str], start: int, num_rows: int) -> pa.Table:
-    """Some rows from number `start` on. A row group may hold far more: of it a batch at a time is decoded."""
+def read_rows(parquet: pq.ParquetFile, columns: Sequence[str], start: int, num_rows: int) -> Iterator[pa.RecordBatch]:
+    """Some rows from number `start` on, a batch at a time: a row group may hold far more."""
     ends = list(accumulate(parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)))
     first, last = bisect_right(ends, start), bisect_left(ends, start + num_rows)
     row = ends[first - 1] if first else 0
-    kept = []
     for batch in parquet.iter_batches(READ_ROWS, range(first, last + 1), columns):
         begin, end = max(start - row, 0), min(start + num_rows - row, len(batch))
         if begin < end:
-            kept.append(batch.slice(begin, end - begin))
+            yield batch.slice(begin, end - begin)
         row += len(batch)
         if row >= start + num_rows:
             break
-    return pa.Table.from_batches(kept)
 
 
 def check_texts(rows: pa.Table, part: Part, columns: ColumnsConfig, max_characters: int) -> Texts:

@@ -15,14 +15,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-import torch
 from pydantic import Field
 
 from embedlib.artifact import MANIFEST_NAME, Manifest, fingerprint, model_fingerprint
@@ -31,7 +30,7 @@ from embedlib.embedding import Computed, EmbeddingConfig, Prepared, TextEmbedder
 from embedlib.encoder import default_device
 from embedlib.errors import ArtifactError, ConfigError, DataError, EmbedlibError
 from embedlib.index import write_index
-from embedlib.memory import keep_few_kernels
+from embedlib.memory import keep_few_kernels, keep_freed_memory
 from embedlib.pretrained import pretrained_directory
 from embedlib.schemas import embeddings_schema, vector_column, vectors_of
 from embedlib.sources import (
@@ -63,9 +62,14 @@ from jobs.runtime import (
     working_nodes,
 )
 
+if TYPE_CHECKING:  # the driver computes no vectors
+    import torch
+
 INDEX_NAME = "index.faiss"
 CALIBRATION_TEXTS = 4096
 STATISTICS = b"embedlib.part"
+# Packed batches have hardly ever the same size: their largest tensors are handed back.
+KEPT_BLOCK_BYTES = 8 << 20
 NOT_FINITE = "the model gave a vector that is not finite"
 
 
@@ -189,15 +193,15 @@ class EmbedPart:
 
     def __init__(self, model: str, works: Sequence[EmbedWork], num_neighbours: int) -> None:
         """`num_neighbours` are the processes of a node, this one among them, that share its cores."""
-        quiet()
+        device = worker_device(num_neighbours)
         self.sources = [work.source for work in works]
         self.configs = [EmbedConfig.model_validate(work.config) for work in works]
         prepared = [Prepared.model_validate(work.prepared) for work in works]
-        device = worker_device(num_neighbours)
         encoders = {
             backend: load_encoder(Path(model), backend, device, cache_directory())
             for backend in dict.fromkeys(settled.backend for settled in prepared)
         }
+        keep_freed_memory(KEPT_BLOCK_BYTES)
         self.embedders = [
             TextEmbedder.of(encoders[settled.backend], config.embedding, settled)
             for config, settled in zip(self.configs, prepared, strict=True)
@@ -237,15 +241,16 @@ class EmbedPart:
         write_part(
             output / part_name(number),
             rows.filter(pa.array(embedded.finite)),
-            embedded.vectors[embedded.finite],
+            embedded.vectors if embedded.finite.all() else embedded.vectors[embedded.finite],
             statistics,
         )
         return Told.of(statistics, len(texts.rows), embedded.computed)
 
 
-def worker_device(num_neighbours: int) -> torch.device:
-    """The device of this worker, one of so many of its node, with its share of the cores."""
+def worker_device(num_neighbours: int) -> "torch.device":
+    """The device of this worker, one of so many of its node, with its share of the cores; it is quiet from now on."""
     device = default_device()
+    quiet()
     if device.type == "cpu":
         use_cores(max(1, (os.cpu_count() or 1) // num_neighbours))
         keep_few_kernels(min(cores(), MAX_THREADS))
@@ -388,7 +393,8 @@ def prepared_once(model: Path, plans: Sequence[EmbedPlan]) -> list[Prepared]:
     if unknown and len(ray.nodes()) == 1 and not any(plan.config.needs_sample for plan in plans):
         # This node embeds, and nothing is measured: no process has to start and import for it.
         for number in unknown:
-            local = prepare(model, plans[number].config, [], default_device(), cache_directory())
+            device = default_device() if num_gpus() else "cpu"
+            local = prepare(model, plans[number].config, [], device, cache_directory())
             notes[number].write_json(local.model_dump(mode="json"))
     elif unknown:
         remote = ray.remote(num_cpus=1, num_gpus=1 if num_gpus() else 0)(prepare_on_worker)
@@ -409,7 +415,6 @@ def prepare_on_worker(
     model: str, works: Sequence[tuple[Store, list[Part], dict[str, Any]]], num_neighbours: int
 ) -> list[dict[str, Any]]:
     """Ray task: choose the backend and calibrate, on the hardware that will embed, with the cores that it will have."""
-    quiet()
     device = worker_device(num_neighbours)
     settled = []
     for source, sample, values in works:

@@ -47,7 +47,7 @@ def write_parquet(path: Store, table: pa.Table) -> None:
     pq.write_table(
         table, buffer, compression="zstd", use_dictionary=plain, column_encoding=encodings, write_statistics=described
     )
-    path.write(buffer.getvalue())
+    path.write(buffer.getbuffer())
 
 
 def content_mark(file: Store) -> list[Any]:

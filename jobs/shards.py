@@ -25,7 +25,7 @@ from embedlib.gpu_index import has_kernels
 from embedlib.index import Assignment, assign, code_size, new_index, save_index, train_index
 from embedlib.schemas import vectors_of
 from embedlib.shard import Chunk, Shard, build_shard
-from embedlib.sources import Part
+from embedlib.sources import Part, read_rows
 from embedlib.storage import Store
 from embedlib.topk import Hits, merge, recall
 from jobs.metrics import RunReport
@@ -235,12 +235,14 @@ def vector_files(directory: Store) -> list[Path]:
 
 
 def read_chunks(parts: Sequence[Part], columns: dict[str, str]) -> Iterator[Chunk]:
-    """Rows of vector files, under the names that a shard knows."""
+    """Rows of vector files, a batch at a time, under the names that a shard knows."""
     for part in parts:
         file = pq.ParquetFile(part.file)
         chosen = {name: column for name, column in columns.items() if column in file.schema_arrow.names}
-        rows = file.read(list(chosen.values())).slice(part.start, part.num_rows)
-        yield Chunk(part.first_row, pa.table({name: rows[column] for name, column in chosen.items()}))
+        row = part.first_row
+        for batch in read_rows(file, list(chosen.values()), part.start, part.num_rows):
+            yield Chunk(row, pa.table({name: batch[column] for name, column in chosen.items()}))
+            row += len(batch)
 
 
 def shard_chunks(plan: ShardPlan, number: int) -> Iterator[Chunk]:

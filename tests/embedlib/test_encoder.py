@@ -8,7 +8,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from embedlib import encoder as encoder_module
-from embedlib.encoder import Encoder, with_prompts
+from embedlib.encoder import Encoder, cpu_features, fast_arithmetic, fast_dtype, with_prompts
 from embedlib.errors import ArtifactError, ConfigError
 from embedlib.torch_model import SentenceVectors
 
@@ -134,3 +134,23 @@ def test_prompts_are_dealt_in_turn() -> None:
     assert with_prompts(["a", "b", "c"], ["q: ", "p: "]) == ["q: a", "p: b", "q: c"]
     assert with_prompts(["a", "b", "c"], ["q: ", "p: "], first=3) == ["p: a", "q: b", "p: c"]
     assert with_prompts(["a"], []) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "arithmetic"),
+    [("avx2 avx512_bf16", "bfloat16"), ("amx_tile amx_bf16", "bfloat16"), ("avx2 avx512f avx512_bf16x", "float32")],
+)
+def test_the_fast_arithmetic_is_that_of_the_cpus_instructions(
+    flags: str, arithmetic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    described = tmp_path / "cpuinfo"
+    described.write_text(f"model name\t: bf16 maker\nflags\t\t: fpu {flags}\n")
+    monkeypatch.setattr(encoder_module, "CPU_DESCRIPTION", described)
+    assert fast_arithmetic("cpu") == arithmetic
+    assert fast_dtype("cpu") == getattr(torch, arithmetic)
+
+
+def test_linux_and_pytorch_name_the_same_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = cpu_features() & {"avx512_bf16", "amx_bf16"}
+    monkeypatch.setattr(encoder_module, "CPU_DESCRIPTION", Path("/nowhere"))
+    assert cpu_features() & {"avx512_bf16", "amx_bf16"} == told

@@ -2,7 +2,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -98,6 +98,7 @@ def test_depth_does_not_depend_on_other_queries() -> None:
     st.floats(0, 0.5),
     st.integers(1, 5),
 )
+@example(scores=[0.0] * 12 + [-1.0], positive=-0.5, margin=0.0, most=1)
 def test_no_negative_is_above_its_limit(scores: list[float], positive: float, margin: float, most: int) -> None:
     scores = sorted(scores, reverse=True)
     rule = NegativeRule(max_negatives=most, relative_margin=margin)
@@ -105,7 +106,8 @@ def test_no_negative_is_above_its_limit(scores: list[float], positive: float, ma
     limit = positive - margin * abs(positive) + 1e-6
     there = chosen.rows[0] != NO_ROW
     assert (chosen.scores[0][there] <= limit).all()
-    assert there.sum() == min(most, sum(score <= limit - 2e-6 for score in scores)) or any(
+    seen = scores[: rule.depth(1)]  # candidates further down are not looked at
+    assert there.sum() == min(most, sum(score <= limit - 2e-6 for score in seen)) or any(
         abs(score - limit) < 1e-5 for score in scores
     )
 

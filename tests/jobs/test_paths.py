@@ -77,3 +77,15 @@ def test_a_job_imports_jobs_before_anything_else(job: Path) -> None:
 
 def test_every_job_is_checked() -> None:
     assert {"distill.py", "embed.py"} <= {path.name for path in RUNNABLE}
+
+
+@pytest.mark.parametrize("job", ["embed", "mine", "bitext", "index"])
+def test_drivers_that_compute_no_vectors_do_without_pytorch(job: str, tmp_path: Path) -> None:
+    script = tmp_path / "driver.py"
+    script.write_text(
+        f"import sys, jobs.{job}\n"
+        "from embedlib.encoder import fast_arithmetic\n"
+        "print(fast_arithmetic('cpu'), [name for name in ('torch', 'transformers') if name in sys.modules])\n"
+    )
+    found = run(script, where=tmp_path, on_path=REPOSITORY)
+    assert found.stdout.split(" ", 1)[1].strip() == "[]", found.stdout + found.stderr

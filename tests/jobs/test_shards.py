@@ -9,14 +9,17 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
+from embedlib import sources
 from embedlib.errors import ConfigError
 from jobs import shards
 from jobs.shards import (
     SearchConfig,
+    cut,
     factory_of,
     index_bytes,
     mergeable,
     plan_shards,
+    read_chunks,
     share_of_gpu,
     vector_bytes,
     whole_files,
@@ -100,3 +103,13 @@ def test_shards_ask_for_gpus_where_these_can_search(
         plan = plan_shards(file.parent, SearchConfig(index=index), [file], [], {})
         assert plan.on_gpus == (on_gpus and num_gpus > 0)
         assert len(plan.chunks) == max(1, num_gpus)
+
+
+def test_vector_files_are_read_in_batches(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "READ_ROWS", 70)
+    runs = cut(whole_files([file]), 2)
+    chunks = [chunk for run in runs for chunk in read_chunks(run, {"number": "id", "lang": "lang"})]
+    assert max(len(chunk.rows) for chunk in chunks) == 70
+    assert [chunk.first_row + row for chunk in chunks for row in range(len(chunk.rows))] == list(range(ROWS))
+    assert [number for chunk in chunks for number in chunk.rows["number"].to_pylist()] == list(range(ROWS))
+    assert chunks[0].rows.column_names == ["number"]
