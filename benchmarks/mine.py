@@ -345,15 +345,16 @@ def against_plain_index(work: Path, vectors: Path, num_runs: int) -> dict[str, A
             plan = plan_shards(work / kind, search, files, [], {"text": "text"})
             shards = start_shards(plan, RunReport("mine", "benchmark", Store.at(plan.work), {}))
             plan, _ = gated(plan, shards, queries[:SAMPLED_QUERIES])
-            seconds[num_shards] = timed(num_runs, search_blocks, queries, k, plan, shards)
-            hits = search_blocks(queries, k, plan, shards)
+            trained = plan.trained_index()
+            seconds[num_shards] = timed(num_runs, search_blocks, queries, k, plan, shards, trained)
+            hits = search_blocks(queries, k, plan, shards, trained)
             exact = exact or hits
             agree[num_shards] = recall(rows_of(hits)[:, :RECALL_AT], rows_of(exact)[:, :RECALL_AT])
             if kind == "exact":
                 assert np.array_equal(rows_of(hits), rows_of(exact)), f"{num_shards} shards find other rows than one"
             for shard in shards:
                 ray.kill(shard)
-        plain = plain_index(rows, plan.trained_index(), plan.nprobe)
+        plain = plain_index(rows, trained, plan.nprobe)
         found[kind.partition(",")[0].rstrip("0123456789").lower()] = {
             "plain_seconds": timed(num_runs, search_plain, queries, k, plain),
             "shard_seconds": seconds,
@@ -415,9 +416,10 @@ def search_plain(queries: npt.NDArray[np.float32], k: int, index: faiss.Index) -
         index.search(queries[first : first + BLOCK], k)
 
 
-def search_blocks(queries: npt.NDArray[np.float32], k: int, plan: ShardPlan, shards: Sequence[Any]) -> list[Hits]:
+def search_blocks(
+    queries: npt.NDArray[np.float32], k: int, plan: ShardPlan, shards: Sequence[Any], trained: faiss.Index | None
+) -> list[Hits]:
     """All queries, a block at a time, through all shards, as a miner sends them."""
-    trained = plan.trained_index()
     blocks = (queries[first : first + BLOCK] for first in range(0, len(queries), BLOCK))
     return [search_shards(plan, shards, block, k, trained) for block in blocks]
 

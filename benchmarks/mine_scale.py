@@ -189,9 +189,10 @@ def search_grown(work: Path, nprobe: int) -> list[Searched]:
         plan = plan_shards(work / f"grown-{share}", search, some, [], {"text": "text"})
         shards = start_shards(plan, RunReport("mine", "benchmark", Store.at(plan.work), {}))
         plan, measured = gated(plan, shards, queries[: search.recall_queries])
-        search_blocks(queries[:256], DEPTH, plan, shards)  # pages of the index come in
+        trained = plan.trained_index()
+        search_blocks(queries[:256], DEPTH, plan, shards, trained)  # pages of the index come in
         begun = time.perf_counter()
-        search_blocks(queries, DEPTH, plan, shards)
+        search_blocks(queries, DEPTH, plan, shards, trained)
         seconds = time.perf_counter() - begun
         found.append(Searched(rows, 1000 * seconds / len(queries), measured["recall_at_10"]))
         for shard in shards:

@@ -1,6 +1,7 @@
 """Inverted lists on a GPU, by FAISS: learned, filled and searched there, as far as its kernels go.
 
-Which kinds and how many results these can do without cuVS is FAISS's documentation ("Faiss on the GPU") and code, 1.15.
+Which kinds and how many results its own kernels can do, without cuVS: https://github.com/facebookresearch/faiss/wiki/Faiss-on-the-GPU
+and the code of 1.15.
 """
 
 from collections.abc import Callable
@@ -21,6 +22,9 @@ MOST_RESULTS = MOST_LISTS = 2048
 # not 1024.
 MOST_OF_CODES = 512
 ID_BYTES = 8
+# What FAISS sets aside in each process; and what a search takes besides, a vector for every query and list.
+SCRATCH_BYTES = 3 << 29
+RESIDUAL_BYTES = 1 << 30
 
 
 def has_kernels(index: faiss.Index) -> bool:
@@ -33,6 +37,11 @@ def has_kernels(index: faiss.Index) -> bool:
     if type(index) is faiss.IndexIVFPQ:
         return index.pq.nbits == PRODUCT_BITS and index.pq.M in PRODUCTS
     return type(index) is faiss.IndexIVFFlat
+
+
+def build_knows_gpus() -> bool:
+    """Whether the FAISS that is installed is the one with kernels for GPUs."""
+    return hasattr(faiss, "StandardGpuResources")
 
 
 def is_on_gpu(index: faiss.Index) -> bool:
@@ -52,7 +61,9 @@ def lists_on_gpu(index: Any) -> Any:
 
     from embedlib.gpu_search import has_room
 
-    if not has_room(index.ntotal * (index.code_size + ID_BYTES), torch.device("cuda")):
+    centroids = index.nlist * index.d * np.dtype(np.float32).itemsize
+    num_bytes = index.ntotal * (index.code_size + ID_BYTES) + centroids + SCRATCH_BYTES
+    if not has_room(num_bytes, torch.device("cuda")):
         return None
     return copied(index)
 
@@ -66,7 +77,15 @@ def copied(index: faiss.Index) -> Any:
 
 def search_lists(lists: faiss.Index, queries: npt.NDArray[np.float32], k: int, nprobe: int) -> npt.NDArray[np.int64]:
     """Ids of the `k` best (queries, k) that a GPU finds for `queries` (queries, dim) in `nprobe` lists; -1 for none."""
-    return np.asarray(lists.search(queries, k, params=faiss.SearchParametersIVF(nprobe=nprobe))[1])  # type: ignore[call-arg]
+    parameters = faiss.SearchParametersIVF(nprobe=nprobe)  # type: ignore[call-arg]
+    found = [lists.search(some, k, params=parameters)[1] for some in queries_at_once(queries, nprobe)]
+    return np.concatenate(found) if found else np.empty((0, k), np.int64)
+
+
+def queries_at_once(queries: npt.NDArray[np.float32], nprobe: int) -> list[npt.NDArray[np.float32]]:
+    """`queries` (queries, dim) in runs for which a GPU has room."""
+    run = max(1, RESIDUAL_BYTES // (nprobe * queries.shape[1] * queries.itemsize))
+    return [queries[start : start + run] for start in range(0, len(queries), run)]
 
 
 def adder(index: Any) -> Callable[[npt.NDArray[np.float32], npt.NDArray[np.int64]], None]:

@@ -117,8 +117,8 @@ def search_index(
 ) -> npt.NDArray[np.int64]:
     """Ids of the `k` best (queries, k) for `queries` (queries, dim), -1 where there are fewer.
 
-    `nprobe` is how many lists of an inverted file are looked into, or how widely a graph is searched. The lists of a
-    GPU, and those that nobody has assigned, are found here.
+    `nprobe` is how many lists of an inverted file are looked into, or how widely a graph is searched. Without an
+    `assignment`, and on a GPU, the index finds the lists by itself.
     """
     if is_on_gpu(index):
         return search_lists(index, queries, k, nprobe)

@@ -163,7 +163,9 @@ def bitext(config: BitextConfig) -> Manifest:
         return finished
     work = Path(output.path) / "work"
     report = RunReport("bitext", mark, output, config.model_dump(mode="json"))
-    corpora = {name: opened(config, directory, work / name, report) for name, directory in directories.items()}
+    # All are planned before any has shards, which hold GPUs: a plan may train its index on one.
+    planned = {name: planned_corpus(config, directory, work / name) for name, directory in directories.items()}
+    corpora = {name: opened(config, corpus, report, len(planned)) for name, corpus in planned.items()}
     source, target = corpora["source"], corpora.get("target", corpora["source"])
     forward = neighbours(config, source, target, work / "forward", report)
     backward = forward if target is source else neighbours(config, target, source, work / "backward", report)
@@ -189,18 +191,22 @@ def bitext(config: BitextConfig) -> Manifest:
     return manifest
 
 
-def opened(config: BitextConfig, directory: str, work: Path, report: RunReport) -> Corpus:
-    """The shards of a vector directory, ready to be searched."""
+def planned_corpus(config: BitextConfig, directory: str, work: Path) -> Corpus:
+    """A vector directory, checked and cut into shards that are still to be started."""
     files = vector_files(Store.at(directory))
     check_vectors(files, [config.text], directory)
     require_distinct(files)
-    plan = plan_shards(work, config.search, files, [], {"text": config.text})
-    shards = start_shards(plan, report)
-    parts = [part for run in plan.chunks for part in run]
-    plan, measured = gated(plan, shards, sample(parts, config.search.recall_queries))
+    return Corpus(files, plan_shards(work, config.search, files, [], {"text": config.text}), [])
+
+
+def opened(config: BitextConfig, corpus: Corpus, report: RunReport, num_corpora: int) -> Corpus:
+    """The same with its shards, ready to be searched; those of so many corpora share the GPUs."""
+    shards = start_shards(corpus.plan, report, num_corpora)
+    parts = [part for run in corpus.plan.chunks for part in run]
+    plan, measured = gated(corpus.plan, shards, sample(parts, config.search.recall_queries))
     if measured:
         report.measure({"recall": measured["recall_at_10"]})
-    return Corpus(files, plan, shards)
+    return corpus._replace(plan=plan, shards=shards)
 
 
 def neighbours(config: BitextConfig, here: Corpus, there: Corpus, output: Path, report: RunReport) -> Neighbours:

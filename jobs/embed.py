@@ -58,6 +58,7 @@ from jobs.runtime import (
     error_of,
     num_gpus,
     own_errors,
+    present_gpus,
     quiet,
     working_nodes,
 )
@@ -201,7 +202,8 @@ class EmbedPart:
             backend: load_encoder(Path(model), backend, device, cache_directory())
             for backend in dict.fromkeys(settled.backend for settled in prepared)
         }
-        keep_freed_memory(KEPT_BLOCK_BYTES)
+        if device.type == "cpu":
+            keep_freed_memory(KEPT_BLOCK_BYTES)
         self.embedders = [
             TextEmbedder.of(encoders[settled.backend], config.embedding, settled)
             for config, settled in zip(self.configs, prepared, strict=True)
@@ -390,7 +392,8 @@ def prepared_once(model: Path, plans: Sequence[EmbedPlan]) -> list[Prepared]:
     """What `prepare` settles on a worker for each input, kept in its output for a resumed run."""
     notes = [plan.output / ".prepared.json" for plan in plans]
     unknown = [number for number, note in enumerate(notes) if not note.exists()]
-    if unknown and len(ray.nodes()) == 1 and not any(plan.config.needs_sample for plan in plans):
+    alone = len(ray.nodes()) == 1 and num_gpus() == present_gpus()
+    if unknown and alone and not any(plan.config.needs_sample for plan in plans):
         # This node embeds, and nothing is measured: no process has to start and import for it.
         for number in unknown:
             device = default_device() if num_gpus() else "cpu"

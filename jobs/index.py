@@ -33,7 +33,7 @@ from embedlib.storage import Store, user_path
 from embedlib.topk import recall
 from jobs.metrics import RunReport
 from jobs.parts import claim
-from jobs.runtime import connect, own_errors
+from jobs.runtime import connect, own_errors, present_gpus
 from jobs.shards import (
     RECALL_AT,
     check_vectors,
@@ -104,7 +104,8 @@ def build(config: IndexConfig) -> Manifest:
         factory = f"IVF{num_lists(len(ids))},SQ8" if config.factory == "auto" else config.factory
         with own_errors():
             parts = [part for piece in pieces for part in piece]
-            ray.get(ray.remote(num_cpus=1)(train_on_worker).remote(parts, factory, trained, None))
+            remote = ray.remote(num_cpus=1, num_gpus=min(1, present_gpus()))(train_on_worker)
+            ray.get(remote.remote(parts, factory, trained, None))
     read_inverted(trained)  # before the work, a kind that cannot be merged is refused
     report = RunReport("index", mark, output, config.model_dump(mode="json"))
     indexed = index_pieces(pieces, trained, home / "work", config.first_id, report)

@@ -42,7 +42,7 @@ def join() -> None:
     require_token()
     # On a machine of few cores a worker of low priority waits for every small task of Ray's own.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    # Processes that are started ahead take memory, and those that no task comes to for as long as the job runs.
+    # Else Ray starts a process a core ahead of all work; those that get none hold memory until the job ends.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     cores = max(MIN_LOCAL_CPUS, os.cpu_count() or 1)
     ray.init(

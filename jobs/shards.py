@@ -21,7 +21,7 @@ from pydantic import Field
 from embedlib.artifact import MANIFEST_NAME, Manifest, read_manifest
 from embedlib.config import Config
 from embedlib.errors import ArtifactError, ConfigError, DataError
-from embedlib.gpu_index import has_kernels
+from embedlib.gpu_index import build_knows_gpus, has_kernels
 from embedlib.index import Assignment, assign, code_size, new_index, save_index, train_index
 from embedlib.schemas import vectors_of
 from embedlib.shard import Chunk, Shard, build_shard
@@ -34,7 +34,7 @@ from jobs.runtime import SOME_CPU, own_errors, present_gpus, working_nodes
 
 # Below this many rows brute force is quick, and exact.
 EXACT_ROWS = 1_000_000
-# Vectors for which a small GPU has room; brute force over them is quicker than any lists, on CPUs or there.
+# Vectors for which a GPU of 16 GB has room; brute force over them is quicker than lists of bytes there, or any on CPUs.
 GPU_BYTES = 8 << 30
 ROWS_A_LIST = 512
 MAX_LISTS = 1 << 18
@@ -46,6 +46,8 @@ SHARE = 1.25
 # Memory of a shard's index at most, where the number of shards is not given.
 SHARD_BYTES = 8 << 30
 ID_BYTES = 8
+# What `auto` came to, beside the shards.
+KIND_NAME = "index.txt"
 RAISE = 1.5
 # Of a call to a process that died: chance kills it once or twice, what kills it every time is to be told.
 RETRIES = 10
@@ -100,8 +102,8 @@ class ShardPlan(NamedTuple):
     factory: str | None
     """Kind of index; none: brute force."""
     nprobe: int
-    on_gpus: bool
-    """Whether GPUs search the shards."""
+    num_gpus: int
+    """GPUs that search the shards; 0: CPUs do."""
     judge: list[list[Part]]
     """The rows of each shard once more, with the vectors of a second model; empty where there is none."""
 
@@ -146,17 +148,19 @@ class IndexShard:
         """The shard; DataError for vectors that cannot be."""
         if self.opened is None:
             directory = self.plan.directory(self.number)
+            on_gpu = bool(ray.get_gpu_ids()) and (self.plan.factory is None or build_knows_gpus())
             if not directory.exists():
                 build_shard(
                     lambda: shard_chunks(self.plan, self.number),
                     directory,
                     self.plan.trained_index(),
                     (lambda: read_chunks(self.plan.judge[self.number], VECTORS)) if self.plan.judge else None,
-                    self.plan.on_gpus,
+                    on_gpu,
                 )
-            self.opened = Shard.open(directory, self.plan.on_gpus)
-            if self.plan.on_gpus and self.opened.resident is None and self.opened.gpu_index is None:
-                print(f"shard {self.number}: its GPU has no room for it; the CPU searches. Cut more shards")
+            self.opened = Shard.open(directory, on_gpu)
+            if self.plan.num_gpus and self.opened.resident is None and self.opened.gpu_index is None:
+                reason = "its GPU has no room for it" if on_gpu else "no GPU, or a FAISS without kernels for one"
+                print(f"shard {self.number}: {reason}; CPUs search it", flush=True)
         return self.opened
 
     def num_rows(self) -> int:
@@ -200,14 +204,17 @@ def plan_shards(
     They are to lie below `work`. `judge` are files of the same rows with a second model's vectors.
     """
     whole = whole_files([*own, *others])
-    factory = factory_of(search, whole, num_gpus := present_gpus())
+    num_gpus = present_gpus()
+    factory = kind_beside(work, factory_of(search, whole, num_gpus))
     if search.merged and not mergeable(factory):
         raise ConfigError(
             f"search.merged: with {factory or 'exact search'}; expected an index of inverted lists that are not "
             "fast-scan codes, such as IVF4096,SQ8"
         )
-    work /= factory or "exact"  # what `auto` means may change between two runs, since GPUs come and go
-    num_shards = search.shards or max(working_nodes(), num_gpus, -(-index_bytes(factory, whole) // SHARD_BYTES))
+    if not (factory is None or has_kernels(new_index(dim_of(whole[0]), factory))):
+        num_gpus = 0
+    searchers = num_gpus or working_nodes()
+    num_shards = search.shards or max(searchers, -(-index_bytes(factory, whole) // SHARD_BYTES))
     plan = ShardPlan(
         work=str(work),
         search=search.model_dump(),
@@ -218,15 +225,23 @@ def plan_shards(
         id_type=pq.read_schema(own[0]).field("id").type if own else pa.int64(),
         num_own_rows=sum(pq.read_metadata(file).num_rows for file in own),
         nprobe=search.nprobe,
-        on_gpus=num_gpus > 0 and (factory is None or has_kernels(new_index(dim_of(whole[0]), factory))),
+        num_gpus=num_gpus,
     )
-    work.mkdir(parents=True, exist_ok=True)
     if plan.factory and not plan.trained.exists():
         with own_errors():
             parts = [part for run in plan.chunks for part in run]
-            remote = ray.remote(num_cpus=1, num_gpus=min(1, num_gpus))(train_on_worker)
+            remote = ray.remote(num_cpus=1, num_gpus=min(1, present_gpus()))(train_on_worker)
             ray.get(remote.remote(parts, plan.factory, plan.trained, search.training_vectors))
     return plan
+
+
+def kind_beside(work: Path, kind: str | None) -> str | None:
+    """The kind of index that shards in `work` have had since they were begun, else `kind`; GPUs come and go."""
+    note = work / KIND_NAME
+    if note.exists():
+        return note.read_text() or None
+    Store.at(str(note)).write((kind or "").encode())
+    return kind
 
 
 def vector_files(directory: Store) -> list[Path]:
@@ -337,7 +352,8 @@ def factory_of(search: SearchConfig, parts: Sequence[Part], num_gpus: int) -> st
     if search.index != "auto":
         return None if search.index == "exact" else search.index
     num_rows = rows_of(parts)
-    if num_rows <= EXACT_ROWS or (not search.merged and vector_bytes(parts) <= GPU_BYTES * num_gpus):
+    held = GPU_BYTES * min(search.shards or num_gpus, num_gpus)
+    if num_rows <= EXACT_ROWS or (not search.merged and vector_bytes(parts) <= held):
         return None
     dim = dim_of(parts[0])
     # FAISS cannot merge lists of 4-bit codes on disk.
@@ -392,7 +408,8 @@ def train_on_worker(parts: Sequence[Part], factory: str, path: Path, most: int |
     def some(num_rows: int) -> npt.NDArray[np.float32]:
         return sample(parts, min(num_rows, most or num_rows))
 
-    save_index(train_index(some, dim_of(parts[0]), factory, on_gpu=bool(ray.get_gpu_ids())), path)
+    on_gpu = bool(ray.get_gpu_ids()) and build_knows_gpus()
+    save_index(train_index(some, dim_of(parts[0]), factory, on_gpu), path)
 
 
 def sample(parts: Sequence[Part], num_rows: int) -> npt.NDArray[np.float32]:
@@ -406,16 +423,17 @@ def sample(parts: Sequence[Part], num_rows: int) -> npt.NDArray[np.float32]:
     return np.concatenate(found).astype(np.float32)
 
 
-def start_shards(plan: ShardPlan, report: RunReport) -> list[Any]:
+def start_shards(plan: ShardPlan, report: RunReport, num_corpora: int = 1) -> list[Any]:
     """The shards' actors, spread over the nodes, each with its share of a node's cores; ready to search.
 
-    Only as many are built at a time as there are cores, since one that is built holds its whole index in memory.
+    Those of `num_corpora` are to find room on the GPUs side by side. Only as many are built at a time as there are
+    cores, since one that is built holds its whole index in memory.
     """
     cores = (os.cpu_count() or 1) * working_nodes()
     threads = max(1, cores // len(plan.chunks))
     remote = ray.remote(
         num_cpus=SOME_CPU,
-        num_gpus=share_of_gpu(len(plan.chunks), present_gpus()) if plan.on_gpus else 0,
+        num_gpus=share_of_gpu(len(plan.chunks), min(plan.num_gpus, present_gpus()), num_corpora),
         # What is asked for is what a node must have free, or an autoscaler start.
         memory=index_bytes(plan.factory, max(plan.chunks, key=rows_of)),
         max_restarts=-1,
@@ -436,9 +454,9 @@ def start_shards(plan: ShardPlan, report: RunReport) -> list[Any]:
     return shards
 
 
-def share_of_gpu(num_shards: int, num_gpus: int) -> float:
+def share_of_gpu(num_shards: int, num_gpus: int, num_corpora: int = 1) -> float:
     """What each shard takes of a GPU if they are spread as evenly as can be; Ray counts in ten-thousandths."""
-    shards_a_gpu = -(-num_shards // num_gpus) if num_gpus else 0
+    shards_a_gpu = num_corpora * -(-num_shards // num_gpus) if num_gpus else 0
     return math.floor(1e4 / shards_a_gpu) / 1e4 if shards_a_gpu else 0.0
 
 
@@ -453,7 +471,7 @@ def search_shards(
 
     What lists to look into is found once for all shards, but by each GPU for itself.
     """
-    assignment = assign(trained, queries, plan.nprobe) if trained and not plan.on_gpus else None
+    assignment = assign(trained, queries, plan.nprobe) if trained and not plan.num_gpus else None
     sent = ray.put(queries)
     asked = [shard.search.remote(sent, k, plan.nprobe, assignment, trained is None) for shard in shards]
     return merge(ray.get(asked), k)

@@ -1,6 +1,8 @@
 """Finding pairs on a real local cluster: translations in two corpora, copies and near-duplicates in one."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from jobs.parts import part_name
 
 pytestmark = pytest.mark.ray
 
+REPOSITORY = Path(__file__).parents[2]
 NUM_TEXTS, DIM = 300, 24
 CHANCE = np.random.default_rng(0)
 MEANINGS = CHANCE.normal(size=(NUM_TEXTS, DIM))
@@ -92,3 +95,15 @@ def test_vectors_of_two_models_are_refused(ray_cluster: None, tmp_path: Path) ->
     (tmp_path / "b" / "manifest.json").unlink()
     with pytest.raises(ArtifactError, match=r"no manifest\.json; expected vectors that jobs/embed\.py finished"):
         bitext(BitextConfig(source=source, target=target, output=str(tmp_path / "out")))
+
+
+def test_two_corpora_share_a_gpu(ray_cluster: None, tmp_path: Path) -> None:
+    source = embedded(tmp_path / "en", [f"en {number}" for number in range(NUM_TEXTS)], MEANINGS)
+    target = embedded(tmp_path / "de", [f"de {number}" for number in range(NUM_TEXTS)], MEANINGS)
+    config = {"source": source, "target": target, "search": {"index": "IVF4,SQ8", "nprobe": 4, "shards": 2}}
+    expected = bitext(BitextConfig.model_validate(config | {"output": str(tmp_path / "cpus")}))
+    command = [sys.executable, "-m", "tests.jobs.counted_gpu", json.dumps(config | {"output": str(tmp_path / "gpu")})]
+    # Where the shards of one waited for those of the other, it would not end.
+    subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL, timeout=120)
+    assert found(tmp_path / "gpu") == found(tmp_path / "cpus")
+    assert expected.measurements["pairs"] == NUM_TEXTS

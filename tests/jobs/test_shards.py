@@ -47,6 +47,8 @@ def test_all_shards_find_a_gpu_at_once(num_shards: int, num_gpus: int) -> None:
     # A shard lies on one GPU, with others as far as their shares add up to it.
     assert num_gpus * int(1 / share + 1e-9) >= num_shards
     assert share_of_gpu(num_shards, 0) == 0
+    # Those of two corpora search each other.
+    assert num_gpus * int(1 / share_of_gpu(num_shards, num_gpus, 2) + 1e-9) >= 2 * num_shards
 
 
 def test_a_shard_takes_no_more_memory_than_it_may(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,10 +60,10 @@ def test_a_shard_takes_no_more_memory_than_it_may(file: Path, monkeypatch: pytes
     assert index_bytes("IVF4,SQ8", parts) == ROWS * (DIM + 8)
 
     def number(index: str, **values: Any) -> int:
-        trained = file.parent / index / "trained.faiss"
-        trained.parent.mkdir(exist_ok=True)
-        trained.touch()  # as if it had been trained
-        return len(plan_shards(file.parent, SearchConfig(index=index, **values), [file], [], {}).chunks)
+        work = file.parent / index
+        work.mkdir(exist_ok=True)
+        (work / "trained.faiss").touch()  # as if it had been trained
+        return len(plan_shards(work, SearchConfig(index=index, **values), [file], [], {}).chunks)
 
     assert number("exact") == 2, "one for each node that works"
     assert number("exact", shards=5) == 5
@@ -87,6 +89,7 @@ def test_gpus_search_exactly_what_they_can_hold(file: Path, monkeypatch: pytest.
     monkeypatch.setattr(shards, "GPU_BYTES", ROWS * DIM * 4 // 2)
     assert factory_of(auto, parts, 1) == "IVF1,PQ8x4fs"
     assert factory_of(auto, parts, 2) is None
+    assert factory_of(SearchConfig(shards=1), parts, 2) == "IVF1,PQ8x4fs"
     assert factory_of(SearchConfig(merged=True), parts, 2) == "IVF1,SQ8"
     assert factory_of(SearchConfig(index="IVF8,Flat"), parts, 2) == "IVF8,Flat"
 
@@ -95,14 +98,15 @@ def test_gpus_search_exactly_what_they_can_hold(file: Path, monkeypatch: pytest.
 def test_shards_ask_for_gpus_where_these_can_search(
     index: str, on_gpus: bool, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray, "nodes", lambda: nodes(2))
+    monkeypatch.setattr(ray, "nodes", lambda: nodes(2, 2, 2))
     (file.parent / index).mkdir()
     (file.parent / index / "trained.faiss").touch()
     for num_gpus in (0, 2):
         monkeypatch.setattr(shards, "present_gpus", lambda num_gpus=num_gpus: num_gpus)
-        plan = plan_shards(file.parent, SearchConfig(index=index), [file], [], {})
-        assert plan.on_gpus == (on_gpus and num_gpus > 0)
-        assert len(plan.chunks) == max(1, num_gpus)
+        plan = plan_shards(file.parent / index, SearchConfig(index=index), [file], [], {})
+        assert plan.num_gpus == (num_gpus if on_gpus else 0)
+        # One a GPU, however many nodes there are, or one a node.
+        assert len(plan.chunks) == (num_gpus if on_gpus and num_gpus else 3)
 
 
 def test_vector_files_are_read_in_batches(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,3 +117,13 @@ def test_vector_files_are_read_in_batches(file: Path, monkeypatch: pytest.Monkey
     assert [chunk.first_row + row for chunk in chunks for row in range(len(chunk.rows))] == list(range(ROWS))
     assert [number for chunk in chunks for number in chunk.rows["number"].to_pylist()] == list(range(ROWS))
     assert chunks[0].rows.column_names == ["number"]
+
+
+def test_a_resumed_run_searches_as_it_began(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: nodes(2))
+    monkeypatch.setattr(shards, "EXACT_ROWS", ROWS - 1)
+    monkeypatch.setattr(shards, "present_gpus", lambda: 1)
+    assert plan_shards(tmp_path / "work", SearchConfig(), [file], [], {}).factory is None
+    monkeypatch.setattr(shards, "present_gpus", lambda: 0)
+    assert plan_shards(tmp_path / "work", SearchConfig(), [file], [], {}).factory is None
+    assert factory_of(SearchConfig(), whole_files([file]), 0) is not None
