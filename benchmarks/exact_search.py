@@ -23,6 +23,7 @@ from rich.table import Table
 from benchmarks.command import benchmark_parser, write_result
 from benchmarks.machine import describe_machine
 from embedlib.brute_force import brute_force
+from embedlib.gpu_index import build_knows_gpus
 
 K = 100
 PEAK_SIZE = 8192
@@ -74,7 +75,7 @@ def main() -> None:
 def searches(queries: torch.Tensor, vectors: torch.Tensor) -> dict[str, Search]:
     """The contestants; FAISS only where its build knows GPUs."""
     found: dict[str, Search] = {EMBEDLIB: lambda: brute_force(queries.numpy(), vectors, K, block_rows=len(vectors))}
-    if hasattr(faiss, "StandardGpuResources"):
+    if build_knows_gpus():
         from faiss.contrib import torch_utils  # noqa: F401 (teaches knn_gpu PyTorch's tensors)
 
         resources = faiss.StandardGpuResources()

@@ -107,7 +107,7 @@ def measure_learning(vectors: npt.NDArray[np.float16], factory: str) -> tuple[fa
     """The empty index, and the seconds of learning it."""
     lists, _, kind = factory.removeprefix("IVF").partition(",")
     places = np.linspace(0, len(vectors) - 1, min(len(vectors), TRAINING_VECTORS_A_LIST * int(lists)))
-    sample = floats(vectors[places.astype(np.int64)])
+    sample = vectors[places.astype(np.int64)].astype(np.float32)
     index, on_gpu = timed(lambda: train_index(lambda num_rows: sample[:num_rows], DIM, factory, on_gpu=True))
     fewer = min(CPU_LISTS, int(lists))
     _, on_cpu = timed(lambda: train_index(lambda num_rows: sample[:num_rows], DIM, f"IVF{fewer},{kind}"))
@@ -141,11 +141,6 @@ def vectors_of_chance(num_rows: int, seed: int) -> npt.NDArray[np.float16]:
     return found
 
 
-def floats(vectors: npt.NDArray[np.float16]) -> npt.NDArray[np.float32]:
-    """The same numbers as FAISS takes them."""
-    return vectors.astype(np.float32)
-
-
 def blocks(queries: npt.NDArray[np.float32]) -> Iterator[npt.NDArray[np.float32]]:
     """Queries as a miner sends them."""
     return (queries[start : start + BLOCK_QUERIES] for start in range(0, len(queries), BLOCK_QUERIES))
@@ -154,7 +149,7 @@ def blocks(queries: npt.NDArray[np.float32]) -> Iterator[npt.NDArray[np.float32]
 def fill(vectors: npt.NDArray[np.float16], add: Callable[[npt.NDArray[Any], npt.NDArray[Any]], None]) -> None:
     """Add all vectors, block by block."""
     for start in range(0, len(vectors), BLOCK_ROWS):
-        block = floats(vectors[start : start + BLOCK_ROWS])
+        block = vectors[start : start + BLOCK_ROWS].astype(np.float32)
         add(block, np.arange(start, start + len(block)))
 
 

@@ -202,7 +202,7 @@ class EmbedPart:
             backend: load_encoder(Path(model), backend, device, cache_directory())
             for backend in dict.fromkeys(settled.backend for settled in prepared)
         }
-        if device.type == "cpu":
+        if device.type == "cpu":  # after the encoders, which have blocks of any size kept
             keep_freed_memory(KEPT_BLOCK_BYTES)
         self.embedders = [
             TextEmbedder.of(encoders[settled.backend], config.embedding, settled)

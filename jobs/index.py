@@ -33,7 +33,7 @@ from embedlib.storage import Store, user_path
 from embedlib.topk import recall
 from jobs.metrics import RunReport
 from jobs.parts import claim
-from jobs.runtime import connect, own_errors, present_gpus
+from jobs.runtime import connect, own_errors
 from jobs.shards import (
     RECALL_AT,
     check_vectors,
@@ -44,7 +44,7 @@ from jobs.shards import (
     require_distinct,
     rows_of,
     sample,
-    train_on_worker,
+    train_on_cluster,
     vector_files,
     vectors_manifest,
     whole_files,
@@ -102,10 +102,7 @@ def build(config: IndexConfig) -> Manifest:
         save_index(read_inverted(Path(config.base or "") / TRAINED_NAME), trained)
     elif not trained.exists():
         factory = f"IVF{num_lists(len(ids))},SQ8" if config.factory == "auto" else config.factory
-        with own_errors():
-            parts = [part for piece in pieces for part in piece]
-            remote = ray.remote(num_cpus=1, num_gpus=min(1, present_gpus()))(train_on_worker)
-            ray.get(remote.remote(parts, factory, trained, None))
+        train_on_cluster(pieces, factory, trained)
     read_inverted(trained)  # before the work, a kind that cannot be merged is refused
     report = RunReport("index", mark, output, config.model_dump(mode="json"))
     indexed = index_pieces(pieces, trained, home / "work", config.first_id, report)

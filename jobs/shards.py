@@ -21,7 +21,7 @@ from pydantic import Field
 from embedlib.artifact import MANIFEST_NAME, Manifest, read_manifest
 from embedlib.config import Config
 from embedlib.errors import ArtifactError, ConfigError, DataError
-from embedlib.gpu_index import build_knows_gpus, has_kernels
+from embedlib.gpu_index import ID_BYTES, build_knows_gpus, has_kernels
 from embedlib.index import Assignment, assign, code_size, new_index, save_index, train_index
 from embedlib.schemas import vectors_of
 from embedlib.shard import Chunk, Shard, build_shard
@@ -45,7 +45,6 @@ ROUGH_CANDIDATES = 1024
 SHARE = 1.25
 # Memory of a shard's index at most, where the number of shards is not given.
 SHARD_BYTES = 8 << 30
-ID_BYTES = 8
 # What `auto` came to, beside the shards.
 KIND_NAME = "index.txt"
 RAISE = 1.5
@@ -228,10 +227,7 @@ def plan_shards(
         num_gpus=num_gpus,
     )
     if plan.factory and not plan.trained.exists():
-        with own_errors():
-            parts = [part for run in plan.chunks for part in run]
-            remote = ray.remote(num_cpus=1, num_gpus=min(1, present_gpus()))(train_on_worker)
-            ray.get(remote.remote(parts, plan.factory, plan.trained, search.training_vectors))
+        train_on_cluster(plan.chunks, plan.factory, plan.trained, search.training_vectors)
     return plan
 
 
@@ -399,6 +395,14 @@ def mergeable(factory: str | None) -> bool:
     """Whether FAISS can merge the lists of such indexes on disk."""
     # What turns vectors before they come to lists, as in OPQ8,IVF8,SQ8, stands between FAISS and the lists.
     return factory is not None and factory.startswith("IVF") and "fs" not in factory
+
+
+def train_on_cluster(runs: Sequence[Sequence[Part]], factory: str, path: Path, most: int | None = None) -> None:
+    """Have a worker train the empty index of all parts, on a GPU where there is one."""
+    parts = [part for run in runs for part in run]
+    remote = ray.remote(num_cpus=1, num_gpus=min(1, present_gpus()))(train_on_worker)
+    with own_errors():
+        ray.get(remote.remote(parts, factory, path, most))
 
 
 def train_on_worker(parts: Sequence[Part], factory: str, path: Path, most: int | None) -> None:
